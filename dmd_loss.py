@@ -1,0 +1,240 @@
+"""Distribution Matching Distillation (Yin et al., CVPR 2024, arXiv 2311.18828): the losses.
+
+This file is the paper: Eq. 3 to 9, Algorithms 2 and 3, and Section 3.1's one-step generator. It
+knows no network and no dataset. A denoiser `mu` is anything with
+
+    mu(x_t, t, cond) -> estimate of the clean x_0       x_t (B, C, H, W), t (B,) long in 0 .. T-1
+    mu.alpha, mu.sigma                                  its noise table, (T,) each
+    mu.z_scale                                          x_{T-1} is z_scale * z for z ~ N(0, I)
+
+(mean prediction: Eq. 11 turns a noise prediction into this). Three denoisers take part:
+
+    mu_real   the frozen teacher; its score points to where real data are
+    mu_fake   follows the generator; its score points to where generated data are
+    G         the generator itself, which calls a denoiser once, at t = T-1
+
+All losses are computed in float32, whatever dtype the networks ran in.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WEIGHTINGS = ("eq8", "alg2", "dreamfusion", "prolificdreamer")
+
+
+class OneStepGenerator(nn.Module):
+    """Section 3.1: G(z) = mu(z, T-1), started as a copy of the teacher and trained from there.
+
+    Args:
+        mu: the denoiser to call; its weights become the generator's.
+    """
+
+    def __init__(self, mu: nn.Module):
+        super().__init__()
+        self.mu = mu
+
+    def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        """z ~ N(0, I) (B, C, H, W), cond as mu takes it -> x (B, C, H, W)."""
+        t = torch.full((len(z),), len(self.mu.sigma) - 1, device=z.device)
+        return self.mu(self.mu.z_scale * z, t, cond)
+
+
+def forward_diffusion(x: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+    """Eq. 3: x_t ~ N(alpha_t x, sigma_t^2 I), given noise ~ N(0, I).
+
+    Args:
+        x, noise: (B, C, H, W).
+        alpha_t, sigma_t: (B, 1, 1, 1).
+    """
+    return alpha_t * x + sigma_t * noise
+
+
+def score(x_t: Tensor, mu: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+    """Eq. 4 and 5: s(x_t, t) = -(x_t - alpha_t mu(x_t, t)) / sigma_t^2, the gradient of log p_t.
+
+    Args:
+        x_t: noisy samples (B, C, H, W).
+        mu: a denoiser's *prediction* for x_t (B, C, H, W).
+        alpha_t, sigma_t: (B, 1, 1, 1).
+    """
+    return -(x_t - alpha_t * mu) / sigma_t**2
+
+
+def gradient_weight(
+    weighting: str, x: Tensor, mu_real: Tensor, alpha_t: Tensor, sigma_t: Tensor
+) -> Tensor:
+    """w_t of Eq. 7, (B, 1, 1, 1).
+
+    Args:
+        weighting: "eq8": sigma_t^2 / alpha_t * C S / |mu_real - x|_1, the paper's choice;
+            "alg2": as Algorithm 2 is written, eq8 / alpha_t (the same where alpha_t = 1; the
+            published Stable Diffusion results use it);
+            "dreamfusion": sigma_t / alpha_t and "prolificdreamer": sigma_t^3 / alpha_t, the two
+            weightings that Table 2 compares with.
+        x: generated samples; mu_real: the teacher's prediction; both (B, C, H, W).
+
+    Raises:
+        ValueError: unknown weighting.
+    """
+    mean_abs_error = (mu_real - x).abs().mean(dim=(1, 2, 3), keepdim=True)  # |mu_real - x|_1 / CS
+    if weighting == "eq8":
+        return sigma_t**2 / alpha_t / mean_abs_error
+    if weighting == "alg2":
+        return sigma_t**2 / alpha_t**2 / mean_abs_error
+    if weighting == "dreamfusion":
+        return sigma_t / alpha_t
+    if weighting == "prolificdreamer":
+        return sigma_t**3 / alpha_t
+    raise ValueError(f"unknown weighting {weighting!r}; known: {', '.join(WEIGHTINGS)}")
+
+
+def dm_gradient(
+    x: Tensor,
+    x_t: Tensor,
+    mu_real: Tensor,
+    mu_fake: Tensor,
+    alpha_t: Tensor,
+    sigma_t: Tensor,
+    weighting: str = "eq8",
+) -> Tensor:
+    """Eq. 7, without dG/dtheta: the KL divergence's gradient w.r.t. each generated sample.
+
+    The two scores share x_t, which therefore cancels: what remains is the difference of the two
+    predictions, times w_t alpha_t^2 / sigma_t^2.
+
+    Args:
+        x: generated samples; x_t: the same, diffused (Eq. 3); both (B, C, H, W).
+        mu_real, mu_fake: the two denoisers' *predictions* for x_t (B, C, H, W).
+        alpha_t, sigma_t: (B, 1, 1, 1).
+        weighting: see gradient_weight.
+
+    Returns:
+        w_t alpha_t (s_fake - s_real), (B, C, H, W).
+    """
+    s_real = score(x_t, mu_real, alpha_t, sigma_t)
+    s_fake = score(x_t, mu_fake, alpha_t, sigma_t)
+    w_t = gradient_weight(weighting, x, mu_real, alpha_t, sigma_t)
+    return w_t * alpha_t * (s_fake - s_real)
+
+
+def distribution_matching_loss(
+    mu_real: Callable,
+    mu_fake: Callable,
+    x: Tensor,
+    cond: Tensor | None,
+    *,
+    weighting: str = "eq8",
+    max_step: float = 0.98,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Algorithm 2: a surrogate whose gradient w.r.t. x is Eq. 7's, divided by B C H W.
+
+    Its *value*, 0.5 mean(grad^2), says how far apart the two scores are. It is no measure of
+    progress: mu_fake moves too.
+
+    Args:
+        mu_real, mu_fake: the two denoisers; neither receives a gradient.
+        x: generated samples (B, C, H, W), attached to the generator's graph.
+        cond: the condition of both denoisers, or None.
+        max_step: t ~ U(0.02 T, max_step T); Table 5 lowers it for one run.
+        generator: of the random t and noise (drawn on its own device).
+
+    Returns:
+        loss (scalar float32), info: {"t" (B,), "grad" (B, C, H, W), "grad_norm" scalar}.
+    """
+    with torch.no_grad():
+        T = len(mu_real.sigma)
+        t = random_t(len(x), round(0.02 * T), round(max_step * T), x.device, generator)
+        alpha_t, sigma_t = at(mu_real.alpha, t), at(mu_real.sigma, t)
+        x_0 = x.float()
+        x_t = forward_diffusion(x_0, normal_like(x_0, generator), alpha_t, sigma_t)
+        p_real, p_fake = mu_real(x_t, t, cond).float(), mu_fake(x_t, t, cond).float()
+        grad = dm_gradient(x_0, x_t, p_real, p_fake, alpha_t, sigma_t, weighting)
+    loss = 0.5 * F.mse_loss(x.float(), (x_0 - grad).detach(), reduction="mean")
+    return loss, {"t": t, "grad": grad, "grad_norm": grad.square().mean().sqrt()}
+
+
+def denoising_loss(
+    mu_fake: Callable,
+    x: Tensor,
+    cond: Tensor | None,
+    *,
+    sigma_data: float | None = 0.5,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Algorithm 3 and Eq. 6: mu_fake learns to denoise generated samples, at all noise levels.
+
+    Args:
+        mu_fake: the denoiser to train.
+        x: generated samples (B, C, H, W); no gradient flows back into them.
+        cond: their condition, or None.
+        sigma_data: the weight is SNR + 1 / sigma_data^2, EDM's own (0.5); None leaves the SNR
+            alone, alpha_t^2 / sigma_t^2, which is plain mean-squared error of the noise (SD v1.5).
+        generator: of the random t and noise (drawn on its own device).
+
+    Returns:
+        loss, scalar float32.
+    """
+    x = x.detach().float()
+    t = random_t(len(x), 0, len(mu_fake.sigma), x.device, generator)
+    alpha_t, sigma_t = at(mu_fake.alpha, t), at(mu_fake.sigma, t)
+    x_t = forward_diffusion(x, normal_like(x, generator), alpha_t, sigma_t)
+    snr = (alpha_t / sigma_t) ** 2
+    weight = snr if sigma_data is None else snr + 1 / sigma_data**2
+    return (weight * (mu_fake(x_t, t, cond).float() - x) ** 2).mean()
+
+
+def regression_loss(x_ref: Tensor, y_ref: Tensor, distance: Callable) -> Tensor:
+    """Eq. 9: the mean distance between G(z_ref) and the teacher's ODE solution for the same z_ref.
+
+    Args:
+        x_ref: G(z_ref) (B, C, H, W), attached to the generator's graph.
+        y_ref: the teacher's result (B, C, H, W).
+        distance: distance(x_ref, y_ref) -> any shape, e.g. LPIPS, or l2_distance (appendix I).
+
+    Returns:
+        loss, scalar float32.
+    """
+    return distance(x_ref.float(), y_ref.detach().float()).mean()
+
+
+def l2_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Squared difference (B, C, H, W): appendix I's replacement for LPIPS."""
+    return (x - y) ** 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Noise levels and noise
+
+
+def sd_noise_table(T: int = 1000) -> tuple[Tensor, Tensor]:
+    """Stable Diffusion v1.5's "scaled linear" schedule -> alpha, sigma, (T,) float64 each.
+
+    alpha_t^2 = prod_{i <= t} (1 - beta_i), sigma_t^2 = 1 - alpha_t^2.
+    """
+    beta = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), T, dtype=torch.float64) ** 2
+    alpha_squared = (1 - beta).cumprod(0)
+    return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+
+
+def at(table: Tensor, t: Tensor) -> Tensor:
+    """table (T,), t (B,) -> table[t] as (B, 1, 1, 1)."""
+    return table[t].reshape(-1, 1, 1, 1)
+
+
+def random_t(
+    batch: int, low: int, high: int, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """One noise level per sample, uniform in low .. high-1, (B,) long."""
+    where = device if generator is None else generator.device
+    return torch.randint(low, high, (batch,), device=where, generator=generator).to(device)
+
+
+def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """N(0, I) in the shape of x."""
+    where = x.device if generator is None else generator.device
+    return torch.randn(x.shape, device=where, generator=generator).to(x.device)

@@ -1,0 +1,240 @@
+"""What every script does with the command line and the disk, in one place so that it is done right:
+
+one-line user errors (exit code 2), a dataclass as command line, atomic writes, image grids, and
+random draws that are a function of (seed, step) alone.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what is wrong and what to do, in one line."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+def option(default, help: str, choices: tuple | None = None):
+    """A dataclass field that is a command-line option with a help line."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def run_script(main: Callable, config_class: type, doc: str) -> None:
+    """Parse the command line into config_class, call main(config), turn UserError into exit code 2.
+
+    Every field of the dataclass is an option: `lambda_reg: float = option(1.0, "...")` is
+    `--lambda-reg X`; a bool has `--no-...` too; a tuple takes several values.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        shown = "" if field.default in (None, ()) else f" (default: {field.default})"
+        arguments = {"default": field.default, "help": field.metadata["help"] + shown}
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):  # float | None
+            kind = typing.get_args(kind)[0]
+        if kind is bool:
+            arguments |= {"action": argparse.BooleanOptionalAction}
+            arguments["help"] = field.metadata["help"]
+        elif typing.get_origin(kind) is tuple:
+            arguments |= {"type": typing.get_args(kind)[0], "nargs": "+"}
+        else:
+            arguments |= {"type": kind, "choices": field.metadata["choices"]}
+        parser.add_argument("--" + field.name.replace("_", "-"), **arguments)
+    config = config_class(**vars(parser.parse_args()))
+    try:
+        main(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" -> the GPU if there is one, else the CPU; "cpu", "cuda", "cuda:1", "mps" as given."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used ({reason}); try --device cpu") from None
+    return device
+
+
+# --------------------------------------------------------------------------------------------------
+# Disk
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`, renamed to it if the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
+        temporary.chmod(0o666 & ~current_umask())  # mkstemp's files are private
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value) -> None:
+    """Write a JSON file atomically."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file.
+
+    Raises:
+        UserError: missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); delete it and rerun") from None
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows (all with the keys of the first) as a CSV file atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically. Tensors are brought to the CPU, contiguous."""
+    cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, safetensors_bytes(cpu, metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file -> (tensors, metadata).
+
+    Raises:
+        UserError: missing, truncated or of another format.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} is not a complete safetensors file ({error}); delete it and make it again"
+        ) from None
+
+
+def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
+    """Copy tensors into a module's parameters and buffers; every difference is an error.
+
+    Raises:
+        UserError: missing, surplus or misshapen tensors, with the first few names.
+    """
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "surplus": sorted(found.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {found[name]} instead of {expected[name]}"
+            for name in sorted(expected.keys() & found.keys())
+            if expected[name] != found[name]
+        ],
+    }
+    if any(problems.values()):
+        parts = [
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for kind, names in problems.items()
+            if names
+        ]
+        raise UserError(f"{path} holds another architecture: {'; '.join(parts)}")
+    module.load_state_dict(tensors, strict=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8, by EDM's rule x * 127.5 + 128, clamped."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> None:
+    """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, as one PNG, row by row, on light grey.
+
+    Args:
+        scale: whole-number magnification, for small images.
+        gap: pixels between the images.
+    """
+    batch, channels, height, width = images.shape
+    rows = math.ceil(batch / columns)
+    pixels = to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).numpy()
+    canvas = np.full(
+        (gap + rows * (height + gap), gap + columns * (width + gap), channels), 200, np.uint8
+    )
+    for i, image in enumerate(pixels):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    picture = Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    write_bytes(path, buffer.getvalue())
+
+
+# --------------------------------------------------------------------------------------------------
+# Randomness
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """A CPU generator whose stream is a function of the key alone, e.g. (seed, step)."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) >> 1)

@@ -1,0 +1,41 @@
+"""What several test files share: a tiny set of pairs and a way to run a script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import make_pairs
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+
+def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
+    """Run a script of the repository as a user would, e.g. run("sample.py", "--seeds", "0-3")."""
+    command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+def fails_in_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Assert a user error: exit code 2 and one line that holds these words."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: "), result.stderr
+    for word in words:
+        assert word in last
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """20 MNIST pairs in 3 shards, 2 Heun steps."""
+    folder = tmp_path_factory.mktemp("pairs") / "mnist"
+    make_pairs.main(
+        make_pairs.Config(num_pairs=20, steps=2, shard_size=8, out=str(folder), device="cpu")
+    )
+    return folder

@@ -1,0 +1,409 @@
+"""Every command as a user runs it: what it leaves, how it resumes, and how it fails."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, fails_in_one_line, run
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import make_pairs
+import sample
+import train
+from edm_unet import heun_sample
+from pairs import Pairs, sample_noise
+from rundir import UserError
+from workloads import ASSETS, WORKLOADS, load_generator, load_teacher
+
+TINY = {"batch_size": 4, "batch_size_ref": 4, "warmup": 2, "device": "cpu", "log_every": 2}
+
+
+def tiny_config(pairs, out, **options):
+    return train.Config(pairs=str(pairs), out=str(out), **{**TINY, **options})
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def finished_run(pairs, tmp_path_factory):
+    """Two steps on the tiny pairs."""
+    out = tmp_path_factory.mktemp("runs") / "mnist"
+    train.main(tiny_config(pairs, out, steps=2))
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# make_pairs.py
+
+
+@pytest.mark.slow
+def test_make_pairs_by_command(tmp_path):
+    arguments = ["--num-pairs", 6, "--steps", 2, "--shard-size", 4, "--out", tmp_path / "pairs"]
+    result = run("make_pairs.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("6 pairs of mnist in ")
+    assert set(files(tmp_path / "pairs")) == {
+        "meta.json", "preview.png", "shard_00000.safetensors", "shard_00001.safetensors",
+    }  # fmt: skip
+
+
+def test_pairs_are_the_teachers_ode_solutions(pairs):
+    mu_real, teacher = load_teacher("mnist", None)
+    opened = Pairs(pairs, "mnist", teacher)
+    z, y, cond = opened.batch([17, 3, 8])
+    assert len(opened) == 20 and cond.tolist() == [7, 3, 8]
+    torch.testing.assert_close(z, sample_noise(0, [17, 3, 8], (1, 28, 28)), rtol=0, atol=0)
+    # Another batch size, another order: the same samples up to rounding.
+    torch.testing.assert_close(y, heun_sample(mu_real.net, z, cond, steps=2), rtol=0, atol=1e-4)
+
+
+def test_no_two_pairs_share_their_noise():
+    z = sample_noise(0, range(50), (1, 4, 4)).flatten(1)
+    distance = torch.cdist(z, z) + 100 * torch.eye(50)
+    assert distance.min() > 1
+    assert not torch.equal(sample_noise(0, [1], (1, 4, 4)), sample_noise(1, [1], (1, 4, 4)))
+
+
+def test_interrupted_pairs_resume_to_identical_files(pairs, tmp_path):
+    whole = files(pairs)
+    again = shutil.copytree(pairs, tmp_path / "pairs")
+    (again / "shard_00001.safetensors").unlink()
+    (again / "preview.png").unlink()
+    make_pairs.main(make_pairs.Config(num_pairs=20, steps=2, shard_size=8, out=str(again)))
+    assert files(again) == whole
+
+
+def test_pairs_of_other_settings_are_never_mixed(pairs, tmp_path):
+    before = files(pairs)
+    with pytest.raises(UserError, match="another seed"):
+        make_pairs.main(
+            make_pairs.Config(num_pairs=20, steps=2, shard_size=8, seed=1, out=str(pairs))
+        )
+    assert files(pairs) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="other files"):
+        make_pairs.main(make_pairs.Config(num_pairs=1, out=str(tmp_path)))
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py
+
+
+def test_run_folder(finished_run):
+    names = set(files(finished_run))
+    assert names == {
+        "config.json", "log.csv", "curves.png", "samples_000002.png",
+        "checkpoint.pt", "generator.safetensors",
+    }  # fmt: skip
+    rows = list(csv.DictReader((finished_run / "log.csv").open()))
+    assert [row["step"] for row in rows] == ["1", "2"]
+    # Step 1 has no fake score of its own yet: mu_fake is the teacher, and the KL gradient is zero.
+    assert float(rows[0]["loss_kl"]) == 0 < float(rows[1]["loss_kl"])
+    picture = Image.open(finished_run / "samples_000002.png")
+    assert picture.size == (2 * (2 + 4 * 30), 2 * (2 + 3 * 30))
+    G, metadata = load_generator(finished_run / "generator.safetensors")
+    assert metadata["step"] == "2" and not any(p.requires_grad for p in G.parameters())
+
+
+def test_before_training_the_generator_is_the_teachers_one_step(tmp_path, pairs):
+    """With learning rate 0 the student stays the copy of the teacher that Algorithm 1 starts at."""
+    train.main(tiny_config(pairs, tmp_path / "run", steps=1, learning_rate=0.0))
+    G, _ = load_generator(tmp_path / "run" / "generator.safetensors")
+    mu_real, _ = load_teacher("mnist", None)
+    z, cond = torch.randn(3, 1, 28, 28), torch.tensor([1, 5, 9])
+    with torch.no_grad():
+        torch.testing.assert_close(G(z, cond), heun_sample(mu_real.net, z, cond, steps=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_resume_is_exact(pairs, tmp_path, ema):
+    """6 steps straight = 3 + resume + 3, bit for bit."""
+    options = {"lr_decay": "none", "ema": ema, "save_every": 3}
+    train.main(tiny_config(pairs, tmp_path / "straight", steps=6, **options))
+    train.main(tiny_config(pairs, tmp_path / "resumed", steps=3, **options))
+    train.main(tiny_config(pairs, tmp_path / "resumed", steps=6, **options))
+    straight, resumed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+                         for name in ("straight", "resumed"))  # fmt: skip
+    assert str(straight) == str(resumed) or straight.keys() == resumed.keys()
+    for part in ("G", "mu_fake", "G_ema"):
+        for name, value in straight[part].items():
+            assert torch.equal(value, resumed[part][name]), name
+    first, second = files(tmp_path / "straight"), files(tmp_path / "resumed")
+    assert first["generator.safetensors"] == second["generator.safetensors"]
+    columns = [
+        [[row[c] for c in train.SCALARS] for row in csv.DictReader(text.decode().splitlines())]
+        for text in (first["log.csv"], second["log.csv"])
+    ]
+    assert columns[0] == columns[1] and len(columns[0]) == 6
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on_exactly(pairs, tmp_path):
+    arguments = ["--pairs", pairs, "--batch-size", 4, "--batch-size-ref", 4, "--steps", 40]
+    arguments += ["--save-every", 2, "--warmup", 2, "--device", "cpu"]
+
+    def command(out):
+        return [sys.executable, ROOT / "train.py", *map(str, arguments), "--out", str(out)]
+
+    process = subprocess.Popen(
+        command(tmp_path / "stopped"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    while not (tmp_path / "stopped" / "generator.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode == 130 and "go on with: python " in said.splitlines()[-1]
+    done = int(said.split("after step ")[1].split(";")[0])
+    assert 2 <= done < 40
+
+    for out in ("stopped", "straight"):
+        subprocess.run(command(tmp_path / out), check=True, capture_output=True)
+    first, second = (files(tmp_path / name) for name in ("straight", "stopped"))
+    assert first["generator.safetensors"] == second["generator.safetensors"]
+    assert first["config.json"] == second["config.json"]
+
+
+@pytest.mark.parametrize("weighting", ["alg2", "dreamfusion", "prolificdreamer"])
+def test_every_weighting_trains(pairs, tmp_path, weighting):
+    train.main(tiny_config(pairs, tmp_path / "run", steps=1, weighting=weighting))
+    assert json.loads((tmp_path / "run/config.json").read_text())["weighting"] == weighting
+
+
+def test_a_folder_with_another_run_is_left_alone(finished_run, pairs, tmp_path):
+    before = files(finished_run)
+    with pytest.raises(UserError, match="another lambda_reg, seed"):
+        train.main(tiny_config(pairs, finished_run, steps=2, seed=3, lambda_reg=0.5))
+    assert files(finished_run) == before
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        train.main(tiny_config(pairs, tmp_path, steps=1))
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(pairs, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    options = {"lr_decay": "none", "save_every": 1, "log_every": 1}
+    train.main(tiny_config(pairs, out, steps=1, **options))
+    before = files(out)
+    monkeypatch.setattr(train, "l2_distance", lambda x, y: (x - y) * float("nan"))
+    with pytest.raises(UserError, match="loss_reg is nan at step 2"):
+        train.main(tiny_config(pairs, out, steps=2, **options))
+    after = files(out)
+    assert after["checkpoint.pt"] == before["checkpoint.pt"]
+    assert after["generator.safetensors"] == before["generator.safetensors"]
+
+
+def test_damaged_checkpoint(finished_run, pairs, tmp_path):
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    data = (out / "checkpoint.pt").read_bytes()
+    (out / "checkpoint.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="cannot be resumed"):
+        train.main(tiny_config(pairs, out, steps=2))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"steps": 0}, "--steps"), ({"ema": 1.0}, "--ema"), ({"lambda_reg": -1.0}, "--lambda-reg"),
+     ({"learning_rate": float("nan")}, "--learning-rate")],
+)  # fmt: skip
+def test_options_out_of_range(pairs, tmp_path, option, message):
+    with pytest.raises(UserError, match=message):
+        train.main(tiny_config(pairs, tmp_path / "run", **option))
+    assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Pairs that do not fit
+
+
+def test_pairs_that_cannot_be_used(pairs, tmp_path):
+    def start(folder, **options):
+        train.main(tiny_config(folder, tmp_path / "run", steps=1, **options))
+
+    with pytest.raises(UserError, match="no pairs in .*make_pairs.py"):
+        start(tmp_path / "nowhere")
+
+    folder = shutil.copytree(pairs, tmp_path / "missing")
+    (folder / "shard_00002.safetensors").unlink()
+    with pytest.raises(UserError, match="1 of 3 shards miss"):
+        start(folder)
+
+    folder = shutil.copytree(pairs, tmp_path / "truncated")
+    path = folder / "shard_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="shard_00001.safetensors is damaged"):
+        start(folder)
+
+    for name, change in {
+        "dataset": {"dataset": "cifar10"},
+        "teacher": {"teacher": {"name": "x", "sha256": "0"}},
+    }.items():
+        folder = shutil.copytree(pairs, tmp_path / name)
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps(meta | change))
+        with pytest.raises(UserError, match="another teacher or dataset"):
+            start(folder)
+
+    (folder / "meta.json").write_text('{"dataset": "mn')
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        start(folder)
+    assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# sample.py and evaluate.py
+
+
+@pytest.mark.slow
+def test_sample_by_command(finished_run, tmp_path):
+    out = tmp_path / "grid.png"
+    arguments = ["--checkpoint", finished_run, "--seeds", "0-4,9", "--columns", 3, "--out", out]
+    result = run("sample.py", *arguments, "--teacher", "--steps", 2)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "teacher, 3 evaluations" in lines[0] and "times faster" in lines[0]
+    assert lines[-1].startswith(f"wrote {out}: 6 images of mnist from {finished_run}")
+    assert Image.open(out).size == (2 * (2 + 3 * 30), 2 * (2 + 4 * 30))
+
+
+def test_without_a_run_the_shipped_generator_is_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sample.main(sample.Config(seeds="0-3", labels="7", out="digits"))
+    assert "using the shipped MNIST generator" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "digits").iterdir()} == {
+        f"{seed:06d}.png" for seed in range(4)
+    }
+    assert Image.open("digits/000002.png").size == (56, 56)
+
+
+def test_an_image_is_a_function_of_its_seed_and_label(tmp_path, finished_run):
+    def pictures(name, seeds, batch_size):
+        sample.main(
+            sample.Config(
+                checkpoint=str(finished_run), seeds=seeds, labels="4",
+                out=str(tmp_path / name), batch_size=batch_size,
+            )  # fmt: skip
+        )
+        return files(tmp_path / name)
+
+    together, apart = pictures("a", "3-6", 4), pictures("b", "5", 1)
+    pixels = [
+        torch.tensor(list(Image.open(tmp_path / name / "000005.png").get_flattened_data()))
+        if hasattr(Image.Image, "get_flattened_data")
+        else torch.tensor(list(Image.open(tmp_path / name / "000005.png").getdata()))
+        for name in ("a", "b")
+    ]
+    assert set(together) > set(apart)
+    assert (pixels[0] - pixels[1]).abs().max() <= 1  # rounding to uint8
+
+
+@pytest.mark.slow
+def test_evaluate_by_command(finished_run, tmp_path):
+    result = run(
+        "evaluate.py", "--checkpoint", finished_run, "--samples", 200, "--steps", 2,
+        "--json", tmp_path / "numbers.json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("student: FD ")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert set(numbers) == {"student", "teacher", "untrained"}
+    for row in numbers.values():
+        assert {"fd", "accuracy", "diversity"} <= set(row)
+    # Two Heun steps are already far better than one; two steps of training are not.
+    assert numbers["teacher"]["fd"] < numbers["untrained"]["fd"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad input, by command: one line, exit code 2, nothing written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["make_pairs.py", "--dataset", "mnits"], ["unknown dataset 'mnits'", "imagenet64"]),
+        (["make_pairs.py", "--dataset", "cifar10"], ["edm-cifar10-32x32-cond-vp.pkl", "--teacher"]),
+        (["make_pairs.py", "--device", "cuda"], ["'cuda'", "--device cpu"]),
+        (["train.py", "--pairs", "nowhere"], ["no pairs in nowhere", "make_pairs.py"]),
+        (["sample.py", "--labels", "10"], ["label 10 is out of range", "0-9"]),
+        (["sample.py", "--seeds", "one"], ["--seeds", "0-9"]),
+        (["evaluate.py", "--rows", "pupil"], ["'pupil'", "student"]),
+    ],
+)  # fmt: skip
+def test_bad_input_by_command(tmp_path, command, words):
+    script, *options = command
+    fails_in_one_line(run(script, *options, cwd=tmp_path), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_that_cannot_be_used(tmp_path, finished_run):
+    def start(path):
+        sample.main(sample.Config(checkpoint=str(path), out=str(tmp_path / "x.png")))
+
+    with pytest.raises(UserError, match="does not exist"):
+        start(tmp_path / "none.safetensors")
+
+    good = finished_run / "generator.safetensors"
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(good.read_bytes()[:5000])
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        start(truncated)
+
+    html = tmp_path / "page.safetensors"
+    html.write_text("<html>not found</html>" * 100)
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        start(html)
+
+    with pytest.raises(UserError, match="is not a one-step generator"):
+        start(ASSETS / "mnist_teacher.safetensors")
+    with pytest.raises(UserError, match="does not say which network"):
+        start(ASSETS / "mnist_classifier.safetensors")
+
+    # Another architecture: the recorded arguments do not fit the tensors.
+    _, metadata = load_generator(good)
+    tensors = load_file(good)
+    name = "model.map_layer0.weight"
+    other = tmp_path / "other.safetensors"
+    save_file(tensors | {name: torch.zeros(3, 3)}, other, metadata)
+    with pytest.raises(UserError, match=f"1 misshapen \\({name}"):
+        start(other)
+    save_file({k: v for k, v in tensors.items() if k != name}, other, metadata)
+    with pytest.raises(UserError, match=f"1 missing \\({name}"):
+        start(other)
+    save_file(tensors | {"extra": torch.zeros(3)}, other, metadata)
+    with pytest.raises(UserError, match="1 surplus \\(extra"):
+        start(other)
+    kwargs = json.dumps(json.loads(metadata["kwargs"]) | {"label_dim": 7})
+    save_file(tensors, other, metadata | {"kwargs": kwargs})
+    with pytest.raises(UserError, match="another architecture"):
+        start(other)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_the_workloads_are_those_of_appendix_b():
+    """The numbers that decide a run's outcome, as printed in the paper."""
+    found = {
+        name: (w.num_pairs, w.solver_steps, w.learning_rate, w.batch_size, w.lambda_reg, w.steps)
+        for name, w in WORKLOADS.items()
+        if name != "mnist"
+    }
+    assert found == {
+        "cifar10": (100_000, 18, 5e-5, 392, 0.25, 300_000),
+        "cifar10-uncond": (500_000, 18, 5e-5, 392, 0.5, 300_000),
+        "imagenet64": (25_000, 256, 2e-6, 336, 0.25, 350_000),
+        "sd15": (500_000, 50, 1e-5, 2304, 0.25, 20_000),
+    }
+    for name, w in WORKLOADS.items():
+        assert (w.weight_decay, w.betas, w.grad_clip) == (0.01, (0.9, 0.999), 10.0)
+        if name != "mnist":
+            assert (w.warmup, w.lr_decay, w.ema) == (500, "none", 0.0)

@@ -1,0 +1,266 @@
+"""The losses against closed forms: Gaussians, whose scores, KL and posterior means are known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import dmd_loss
+from edm_unet import karras_sigmas
+
+TABLES = {
+    "edm": (torch.ones(1000, dtype=torch.float64), karras_sigmas(1000)),
+    "sd": dmd_loss.sd_noise_table(),
+}
+
+
+class GaussianDenoiser:
+    """The exact denoiser of N(mean, std^2 I): E[x_0 | x_t], in closed form."""
+
+    def __init__(self, mean, std, table, dtype=torch.float64):
+        self.mean, self.std = mean, std
+        self.alpha, self.sigma = (values.to(dtype) for values in table)
+        self.calls = []
+
+    def __call__(self, x_t, t, cond=None):
+        self.calls.append((x_t, t))
+        return self.at(x_t, dmd_loss.at(self.alpha, t), dmd_loss.at(self.sigma, t))
+
+    def at(self, x_t, alpha_t, sigma_t):
+        gain = alpha_t * self.std**2 / (alpha_t**2 * self.std**2 + sigma_t**2)
+        return self.mean + gain * (x_t - alpha_t * self.mean)
+
+
+def log_density(x_t, mean, std, alpha_t, sigma_t):
+    variance = (alpha_t * std) ** 2 + sigma_t**2
+    return -((x_t - alpha_t * mean) ** 2) / (2 * variance)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("t", [20, 300, 700, 979])
+def test_score_is_the_gradient_of_the_log_density(table, t):
+    alpha_t, sigma_t = (values[t] for values in TABLES[table])
+    x_t = torch.randn(5, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(log_density(x_t, 0.3, 0.7, alpha_t, sigma_t).sum(), x_t)
+    mu = GaussianDenoiser(0.3, 0.7, TABLES[table]).at(x_t, alpha_t, sigma_t)
+    torch.testing.assert_close(dmd_loss.score(x_t, mu, alpha_t, sigma_t), expected)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("t", [20, 300, 700, 979])
+@pytest.mark.parametrize("weighting", ["dreamfusion", "prolificdreamer"])
+def test_gradient_is_that_of_the_kl_divergence(table, t, weighting):
+    """E[dm_gradient dG/dtheta] = w_t dKL/dtheta for G(z) = mean + std z, theta = (mean, std).
+
+    Both sides are polynomials of degree two in (z, noise), so Gauss-Hermite nodes give the
+    expectation exactly. The weightings here do not depend on the sample.
+    """
+    alpha_t, sigma_t = (values[t] for values in TABLES[table])
+    mean_real, std_real, mean_fake, std_fake = 0.3, 0.5, -0.4, 0.2
+
+    # The closed-form KL of the diffused Gaussians, differentiated by autograd.
+    theta = torch.tensor([mean_fake, std_fake], dtype=torch.float64, requires_grad=True)
+    var_fake = (alpha_t * theta[1]) ** 2 + sigma_t**2
+    var_real = (alpha_t * std_real) ** 2 + sigma_t**2
+    distance = (alpha_t * (theta[0] - mean_real)) ** 2
+    kl = 0.5 * ((var_fake + distance) / var_real - 1 - torch.log(var_fake / var_real))
+    (expected,) = torch.autograd.grad(kl, theta)
+
+    # Nodes and weights of E over z and noise.
+    nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(8))
+    weights = weights / weights.sum()
+    z, noise = (v.reshape(-1, 1, 1, 1) for v in torch.meshgrid(nodes, nodes, indexing="ij"))
+    probability = torch.outer(weights, weights).flatten()
+    x = mean_fake + std_fake * z
+    x_t = dmd_loss.forward_diffusion(x, noise, alpha_t, sigma_t)
+    mu_real = GaussianDenoiser(mean_real, std_real, TABLES[table]).at(x_t, alpha_t, sigma_t)
+    mu_fake = GaussianDenoiser(mean_fake, std_fake, TABLES[table]).at(x_t, alpha_t, sigma_t)
+    grad = dmd_loss.dm_gradient(x, x_t, mu_real, mu_fake, alpha_t, sigma_t, weighting)
+    found = torch.stack([probability @ grad.flatten(), probability @ (grad * z).flatten()])
+
+    w_t = sigma_t / alpha_t if weighting == "dreamfusion" else sigma_t**3 / alpha_t
+    torch.testing.assert_close(found, w_t * expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_weightings_in_terms_of_the_predictions(table):
+    """Substituting Eq. 4, 5 and 8 in Eq. 7 leaves multiples of mu_fake - mu_real."""
+    alpha_t, sigma_t = (values[[30, 500, 960]].reshape(-1, 1, 1, 1) for values in TABLES[table])
+    x, x_t, mu_real, mu_fake = torch.randn(4, 3, 2, 5, 5, dtype=torch.float64)
+    delta = mu_fake - mu_real
+    error = (mu_real - x).abs().mean(dim=(1, 2, 3), keepdim=True)
+    expected = {
+        "eq8": alpha_t * delta / error,
+        "alg2": delta / error,
+        "dreamfusion": alpha_t / sigma_t * delta,
+        "prolificdreamer": alpha_t * sigma_t * delta,
+    }
+    assert set(expected) == set(dmd_loss.WEIGHTINGS)
+    for weighting, value in expected.items():
+        found = dmd_loss.dm_gradient(x, x_t, mu_real, mu_fake, alpha_t, sigma_t, weighting)
+        torch.testing.assert_close(found, value)
+    if table == "edm":  # alpha = 1: the two are the same
+        torch.testing.assert_close(expected["eq8"], expected["alg2"])
+    with pytest.raises(ValueError, match="unknown weighting 'eq9'"):
+        dmd_loss.gradient_weight("eq9", x, mu_real, alpha_t, sigma_t)
+
+
+def test_surrogate_gradient_is_algorithm_2s():
+    """d loss / d x = (p_fake - p_real) / mean|x - p_real| / (B C H W)."""
+    x = torch.randn(6, 2, 4, 4, requires_grad=True)
+    mu_real = GaussianDenoiser(0.3, 0.5, TABLES["edm"], torch.float32)
+    mu_fake = GaussianDenoiser(-0.4, 0.2, TABLES["edm"], torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    loss, info = dmd_loss.distribution_matching_loss(mu_real, mu_fake, x, None, generator=generator)
+    loss.backward()
+
+    x_t, t = mu_real.calls[0]
+    assert torch.equal(t, info["t"]) and torch.equal(x_t, mu_fake.calls[0][0])
+    p_real, p_fake = mu_real(x_t, t), mu_fake(x_t, t)
+    weight = (x.detach() - p_real).abs().mean(dim=(1, 2, 3), keepdim=True)
+    grad = (p_fake - p_real) / weight
+    torch.testing.assert_close(x.grad, grad / x.numel(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(loss, 0.5 * grad.square().mean(), rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_vanishes_when_fake_is_real():
+    x = torch.randn(4, 1, 3, 3, requires_grad=True)
+    mu = GaussianDenoiser(0.3, 0.5, TABLES["sd"], torch.float32)
+    loss, _ = dmd_loss.distribution_matching_loss(mu, mu, x, None)
+    loss.backward()
+    assert loss == 0 and not x.grad.any()
+
+
+class LinearDenoiser(torch.nn.Module):
+    """mu(x_t, t) = a_t x_t + b_t with a small noise table of its own."""
+
+    def __init__(self, alpha, sigma):
+        super().__init__()
+        self.register_buffer("alpha", torch.tensor(alpha))
+        self.register_buffer("sigma", torch.tensor(sigma))
+        self.a = torch.nn.Parameter(torch.zeros(len(alpha)))
+        self.b = torch.nn.Parameter(torch.zeros(len(alpha)))
+        self.z_scale = 1.0
+
+    def forward(self, x_t, t, cond=None):
+        return dmd_loss.at(self.a, t) * x_t + dmd_loss.at(self.b, t)
+
+
+def linear_denoiser():
+    return LinearDenoiser([1.0, 0.8, 0.3, 1.0], [0.1, 0.6, 0.95, 3.0])
+
+
+def test_no_gradient_crosses_the_boundaries():
+    mu_real, mu_fake = linear_denoiser(), linear_denoiser()
+    G = dmd_loss.OneStepGenerator(linear_denoiser())
+    torch.nn.init.constant_(mu_real.b, 0.5)
+    torch.nn.init.constant_(G.mu.b, 0.7)
+    x = G(torch.randn(8, 1, 2, 2))
+
+    loss, _ = dmd_loss.distribution_matching_loss(mu_real, mu_fake, x, None)
+    loss.backward(retain_graph=True)
+    assert G.mu.b.grad.abs().sum() > 0
+    assert all(p.grad is None for mu in (mu_real, mu_fake) for p in mu.parameters())
+
+    G.zero_grad(set_to_none=True)
+    dmd_loss.denoising_loss(mu_fake, x, None).backward()
+    assert mu_fake.b.grad.abs().sum() > 0
+    assert all(p.grad is None for p in [*G.parameters(), *mu_real.parameters()])
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, None])
+def test_minimising_the_denoising_loss_gives_the_posterior_mean(sigma_data):
+    """The loss is quadratic in (a, b), so one Newton step finds its minimum."""
+    mean, std = 0.4, 0.6
+    mu = linear_denoiser().double()
+    x = mean + std * torch.randn(
+        400_000, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+
+    def loss(parameters):
+        denoiser = GaussianDenoiser(None, None, (mu.alpha, mu.sigma))
+        a, b = parameters.chunk(2)
+        denoiser.at = lambda x_t, alpha_t, sigma_t: at_level(a) * x_t + at_level(b)
+
+        def at_level(table):
+            return dmd_loss.at(table, denoiser.calls[-1][1])
+
+        generator = torch.Generator().manual_seed(1)
+        return dmd_loss.denoising_loss(
+            denoiser, x, None, sigma_data=sigma_data, generator=generator
+        )
+
+    zero = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    hessian = torch.autograd.functional.hessian(loss, zero)
+    (gradient,) = torch.autograd.grad(loss(zero), zero)
+    a, b = torch.linalg.solve(hessian, -gradient).chunk(2)
+    gain = mu.alpha * std**2 / ((mu.alpha * std) ** 2 + mu.sigma**2)
+    torch.testing.assert_close(a, gain, rtol=0.02, atol=0.005)
+    torch.testing.assert_close(b, mean * (1 - gain * mu.alpha), rtol=0.02, atol=0.005)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, None])
+def test_denoising_weight(sigma_data):
+    """A denoiser that is off by a constant c costs mean_t(weight_t) c^2."""
+    seen = []
+
+    class Off(LinearDenoiser):
+        def forward(self, x_t, t, cond=None):
+            seen.append(t)
+            return x + 0.1
+
+    mu = Off([1.0, 0.8], [0.1, 0.6])
+    x = torch.randn(64, 1, 2, 2)
+    loss = dmd_loss.denoising_loss(mu, x, None, sigma_data=sigma_data)
+    snr = torch.tensor([100.0, 0.64 / 0.36])[seen[0]]
+    weight = snr if sigma_data is None else snr + 4
+    torch.testing.assert_close(loss, weight.mean() * 0.01, rtol=1e-4, atol=0)
+
+
+def test_noise_levels_are_drawn_from_the_papers_ranges():
+    """KL: t in 0.02 T .. 0.98 T; denoising: all of them."""
+    x = torch.zeros(20_000, 1, 1, 1)
+    mu = GaussianDenoiser(0.3, 0.5, TABLES["edm"], torch.float32)
+    t = dmd_loss.distribution_matching_loss(mu, mu, x, None)[1]["t"]
+    assert (t.min(), t.max()) == (20, 979)
+    t = dmd_loss.distribution_matching_loss(mu, mu, x, None, max_step=0.5)[1]["t"]
+    assert (t.min(), t.max()) == (20, 499)
+    dmd_loss.denoising_loss(mu, x, None)
+    t = mu.calls[-1][1]
+    assert (t.min(), t.max()) == (0, 999)
+
+
+def test_losses_are_float32_for_half_precision_networks():
+    mu = GaussianDenoiser(0.3, 0.5, TABLES["sd"], torch.float32)
+    x = torch.randn(4, 1, 2, 2, dtype=torch.bfloat16)
+    assert dmd_loss.distribution_matching_loss(mu, mu, x, None)[0].dtype == torch.float32
+    assert dmd_loss.denoising_loss(mu, x, None).dtype == torch.float32
+    assert dmd_loss.regression_loss(x, x, dmd_loss.l2_distance).dtype == torch.float32
+    assert mu.calls[0][0].dtype == torch.float32  # x_t: small sigmas would vanish in bfloat16
+
+
+def test_regression_loss_is_the_mean_distance():
+    x_ref, y_ref = torch.randn(2, 3, 1, 4, 4, requires_grad=True).unbind(0)
+    loss = dmd_loss.regression_loss(x_ref, y_ref, dmd_loss.l2_distance)
+    torch.testing.assert_close(loss, torch.nn.functional.mse_loss(x_ref, y_ref))
+
+
+def test_generator_starts_as_the_teachers_last_noise_level():
+    """Section 3.1: G(z) = mu(z_scale z, T-1)."""
+    mu = linear_denoiser()
+    mu.z_scale = 80.0
+    torch.nn.init.normal_(mu.a)
+    torch.nn.init.normal_(mu.b)
+    z = torch.randn(3, 1, 2, 2)
+    expected = mu.a[3] * 80 * z + mu.b[3]
+    torch.testing.assert_close(dmd_loss.OneStepGenerator(mu)(z), expected)
+
+
+def test_sd_noise_table():
+    alpha, sigma = dmd_loss.sd_noise_table()
+    assert alpha[999] ** 2 == pytest.approx(0.0046601, rel=1e-4)
+    assert alpha[0] ** 2 == pytest.approx(0.99915, rel=1e-6)
+    assert alpha[500] ** 2 == pytest.approx(0.2763, rel=1e-3)
+    assert 1 / alpha[999] == pytest.approx(14.65, rel=1e-3)
+    assert math.isclose(alpha[123] ** 2 + sigma[123] ** 2, 1)

@@ -1,0 +1,174 @@
+"""EDM's networks against golden vectors, parameter counts and closed-form ODEs."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edm_unet import EDMDenoiser, EDMPrecond, heun_sample, karras_sigmas
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def fill(net, rule):
+    """The golden vectors' parameters: a function of each one's name and shape."""
+    for name, parameter in net.named_parameters():
+        module, leaf = name.split(".")[-2:]
+        k = np.arange(parameter.numel(), dtype=np.int64)
+        u = ((31 * k * k + 17 * k + zlib.crc32(name.encode()) % 1009) % 1009) / 504 - 1
+        u = u.reshape(parameter.shape)
+        if parameter.ndim > 1:
+            u = 2 * u / np.sqrt(parameter.numel() / parameter.shape[0])
+        else:
+            u = 0.3 * u + (leaf == "weight" and "norm" in module)
+        residual = module in ("conv0", "conv1", "proj") or module.endswith("x64_conv")
+        residual |= module == "32x32_conv" or (module == "skip" and leaf == "bias")
+        if rule == "eps" and residual:
+            u = 0.01 * u
+        parameter.data = torch.from_numpy(u).float()
+
+
+def golden(name):
+    data = dict(np.load(GOLDEN / f"golden_{name}.npz"))
+    meta = json.loads(str(data.pop("meta")))
+    if "x" not in data:
+        data["x"] = np.load(GOLDEN / meta["x_from"])["x"][slice(*meta["x_rows"])]
+    net = EDMPrecond(**meta["kwargs"]).eval()
+    fill(net, meta["fill"] if isinstance(meta["fill"], str) else name.split("_")[1])
+    return net, meta, {key: torch.from_numpy(value) for key, value in data.items()}
+
+
+@pytest.mark.parametrize("name", ["song_int", "song_eps", "adm_int", "adm_eps"])
+@torch.no_grad()
+def test_network_matches_golden_vectors(name):
+    net, meta, data = golden(name)
+    assert [k for k, _ in net.named_parameters()] == [k for k, _ in meta["param_keys"]]
+    assert sum(p.numel() for p in net.parameters()) == meta["n_params"]
+    for key, values in meta["fill_spot_check"].items():
+        found = net.get_parameter(key).flatten()[: len(values)]
+        torch.testing.assert_close(found, torch.tensor(values), rtol=0, atol=1e-7)
+
+    output = net(data["x"], data["sigma"], data["labels"])
+    worst = (output - data["output"]).abs().max() / data["output"].abs().max()
+    assert worst < 1e-5
+
+    # The bare U-Net, where sigma's c_skip cannot hide an error. Its row is row 2 of the int file.
+    row = 2 if len(data["x"]) == 5 else 0
+    inside = net.model(data["x"][row : row + 1], torch.zeros(1), data["labels"][row : row + 1])
+    worst = (inside - data["unet_output"]).abs().max() / data["unet_output"].abs().max()
+    assert worst < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["song_int", "adm_int"])
+def test_heun_trajectory_matches_golden_vectors(name):
+    net, meta, data = golden(name)
+    end = heun_sample(net, data["heun_latents"], data["heun_labels"], meta["heun"]["steps"])
+    worst = (end - data["heun_end"]).abs().max() / data["heun_end"].abs().max()
+    assert worst < 1e-5
+
+
+CIFAR = dict(
+    model_type="SongUNet", img_resolution=32, img_channels=3, channel_mult=[2, 2, 2],
+    model_channels=128, augment_dim=9, dropout=0.13, channel_mult_noise=1,
+    embedding_type="positional", encoder_type="standard", decoder_type="standard",
+    resample_filter=[1, 1],
+)  # fmt: skip
+IMAGENET = dict(
+    model_type="DhariwalUNet", img_resolution=64, img_channels=3, label_dim=1000,
+    model_channels=192, channel_mult=[1, 2, 3, 4], dropout=0.1, use_fp16=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "count"),
+    [
+        # EDM's files count 1,152 more for CIFAR-10: the augmentation embedding, unused here.
+        ({**CIFAR, "label_dim": 10}, 55_735_299 - 1_152),
+        ({**CIFAR, "label_dim": 0}, 55_733_891 - 1_152),
+        (IMAGENET, 295_899_267),
+    ],
+)
+def test_full_size_parameter_counts(kwargs, count):
+    with torch.device("meta"):
+        net = EDMPrecond(**kwargs)
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+def test_noise_levels():
+    sigma = EDMDenoiser(torch.nn.Identity()).sigma
+    assert sigma[20].item() == pytest.approx(0.00323, abs=5e-6)
+    assert sigma[980].item() == pytest.approx(72.05, abs=5e-3)
+    assert sigma[999].item() == pytest.approx(80, rel=1e-6)
+    assert sigma[0].item() == pytest.approx(0.002, rel=1e-6)
+    assert len(sigma) == 1000 and (sigma.diff() > 0).all()
+
+
+class Gaussian:
+    """The exact denoiser of N(mean, std^2), and its exact ODE map from sigma = 80 to 0.
+
+    dx/dsigma = (x - D)/sigma = sigma (x - mean) / (std^2 + sigma^2), so (x - mean) shrinks by
+    std / sqrt(std^2 + 80^2).
+    """
+
+    def __init__(self, mean=0.3, std=0.5):
+        self.mean, self.std, self.evaluations = mean, std, 0
+
+    def __call__(self, x, sigma, class_labels=None):
+        self.evaluations += 1
+        gain = self.std**2 / (self.std**2 + sigma**2)
+        return self.mean + gain * (x.double() - self.mean)
+
+    def ode_end(self, z):
+        shrink = self.std / (self.std**2 + 80**2) ** 0.5
+        return self.mean + shrink * (80 * z.double() - self.mean)
+
+
+def test_heun_converges_with_second_order():
+    z = torch.randn(100, 1, 2, 2, dtype=torch.float64)
+    errors = []
+    for steps in (32, 64, 128):
+        net = Gaussian()
+        end = heun_sample(net, z, steps=steps)
+        assert net.evaluations == 2 * steps - 1
+        errors.append((end.double() - net.ode_end(z)).abs().max().item())
+    # Halving the step must divide the error by about four.
+    assert 3.2 < errors[0] / errors[1] < 5 and 3.2 < errors[1] / errors[2] < 5
+    assert errors[2] < 2e-3
+
+
+def test_one_heun_step_is_the_untrained_generator():
+    net, z = Gaussian(), torch.randn(3, 1, 2, 2)
+    torch.testing.assert_close(heun_sample(net, z, steps=1), net(80 * z, 80.0).float())
+
+
+def test_karras_sigmas_has_no_appended_zero():
+    sigmas = karras_sigmas(18)
+    assert len(sigmas) == 18 and sigmas[0] == pytest.approx(0.002) and sigmas[-1] == 80
+
+
+@torch.no_grad()
+def test_labels_and_sigmas_in_every_form():
+    kwargs = dict(img_resolution=8, img_channels=1, model_channels=16, channel_mult=[1, 2])
+    net = EDMPrecond(**kwargs, label_dim=4, model_type="SongUNet", num_blocks=1).eval()
+    torch.nn.init.normal_(net.model.dec["8x8_aux_conv"].weight)
+    x, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 3, 1])
+    one_hot = torch.nn.functional.one_hot(labels, 4).float()
+    reference = net(x, torch.full((3,), 2.0), one_hot)
+    torch.testing.assert_close(net(x, 2.0, labels), reference)
+    torch.testing.assert_close(net(x, torch.full((3, 1, 1, 1), 2.0), labels), reference)
+    no_class = net(x, 2.0, None)
+    torch.testing.assert_close(no_class, net(x, 2.0, torch.zeros(3, 4)))
+    assert not torch.allclose(no_class, reference)
+
+
+def test_other_architectures_are_refused():
+    with pytest.raises(ValueError, match="NCSN"):
+        EDMPrecond(32, 3, model_type="SongUNet", encoder_type="residual")
+    with pytest.raises(ValueError, match="unknown model_type 'VGG'"):
+        EDMPrecond(32, 3, model_type="VGG")
+    with pytest.raises(ValueError, match="num_bloks"):
+        EDMPrecond(32, 3, model_type="SongUNet", num_bloks=1)
