@@ -70,6 +70,9 @@ def run_script(main: Callable, config_class: type, doc: str) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def pick_device(name: str) -> torch.device:
@@ -92,11 +95,12 @@ def pick_device(name: str) -> torch.device:
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`, renamed to it if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
@@ -105,7 +109,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def current_umask() -> int:
@@ -149,9 +154,13 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically. Tensors are brought to the CPU, contiguous."""
+    """Write a safetensors file atomically. Tensors are brought to the CPU, contiguous.
+
+    The metadata travels as one JSON entry: safetensors writes several in random order, and equal
+    contents shall be equal files.
+    """
     cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, safetensors_bytes(cpu, metadata))
+    write_bytes(path, safetensors_bytes(cpu, {"dmd": json.dumps(metadata, sort_keys=True)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -162,10 +171,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get("dmd", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             f"{path} is not a complete safetensors file ({error}); delete it and make it again"
         ) from None

@@ -145,30 +145,21 @@ def update(
 def main(config: Config) -> None:
     """Train, or go on training, and write generator.safetensors."""
     config = resolve(config)
-    workload, device, out = (
-        get_workload(config.dataset),
-        pick_device(config.device),
-        Path(config.out),
-    )
+    workload, device = get_workload(config.dataset), pick_device(config.device)
+    out = Path(config.out)
     mu_real, teacher = load_teacher(config.dataset, config.teacher)
     pairs = Pairs(Path(config.pairs), config.dataset, teacher)
     distance = choose_distance(config)
     claim_folder(out, config, teacher)
 
-    # 0. Both trained networks start as the teacher. All run in eval mode: no dropout anywhere.
+    # 0. G and mu_fake start as the teacher. All run in eval mode: no dropout anywhere.
     mu_real = mu_real.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    G = OneStepGenerator(copy.deepcopy(mu_real)).requires_grad_(True)
-    mu_fake = copy.deepcopy(mu_real).requires_grad_(True)
-    G_ema = copy.deepcopy(G).requires_grad_(False) if config.ema else G
-    optimizer_G, optimizer_fake = adamw(G, config, device), adamw(mu_fake, config, device)
-    run = {"G": G, "mu_fake": mu_fake, "G_ema": G_ema}
-    run |= {"optimizer_G": optimizer_G, "optimizer_fake": optimizer_fake}
-    start, log = load_checkpoint(out, run, device)
+    run = start_from_teacher(mu_real, config)
+    G, mu_fake, G_ema, optimizer_G, optimizer_fake = run.values()
+    start, rows = load_checkpoint(out, run, device)
 
-    interrupted = catch_signals()
-    progress = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="train")
-    waiting, clock = [], time.perf_counter()
-    for step in progress:
+    log, interrupted = Log(config, start, rows), catch_signals()
+    for step in range(start, config.steps):
         # 1. Sample z ~ N(0, I) with its condition, and pairs (z_ref, y_ref) ~ D.
         generator = generator_for(config.seed, step)
         z = torch.randn(config.batch_size, *workload.image_shape, generator=generator)
@@ -187,6 +178,8 @@ def main(config: Config) -> None:
         )
         loss_reg = regression_loss(x_ref, y_ref, distance)
         norm_G = update(G, optimizer_G, loss_kl + config.lambda_reg * loss_reg, config, step)
+        if config.ema:
+            update_average(G_ema, G, config.ema, step)
 
         # 4. Denoise the generated samples (Eq. 6): the same x, detached.
         loss_denoise = denoising_loss(
@@ -196,35 +189,31 @@ def main(config: Config) -> None:
         # 5. Step mu_fake.
         norm_fake = update(mu_fake, optimizer_fake, loss_denoise, config, step)
 
-        if config.ema:
-            update_average(G_ema, G, config.ema, step)
-
-        # Scalars stay on the device until they are shown, so that the GPU need not wait for us.
-        scalars = [loss_kl, loss_reg, loss_denoise, info["grad_norm"], norm_G, norm_fake]
-        waiting.append(torch.stack([scalar.detach() for scalar in scalars]))
-        stop = bool(interrupted) or step + 1 == config.steps
-        save = stop or (step + 1) % config.save_every == 0
-        if save or (step + 1) % config.log_every == 0:
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            rate = len(waiting) * config.batch_size / seconds
-            log += log_rows(torch.stack(waiting).tolist(), step, rate, config)
-            waiting = []
-            progress.set_postfix({name: log[-1][name] for name in SHOWN})
-        if save:
+        log.add(step, loss_kl, loss_reg, loss_denoise, info["grad_norm"], norm_G, norm_fake)
+        if interrupted or step + 1 == config.steps or (step + 1) % config.save_every == 0:
             save_run(out, run, step + 1, log, config, teacher)
             draw_samples(
                 out / f"samples_{step + 1:06d}.png", G_ema, z_ref, y_ref, cond_ref, z, cond
             )
-            draw_curves(out / "curves.png", log)
-            clock = time.perf_counter()
-        if stop:
-            break
-    progress.close()
-
-    if start < config.steps and step + 1 < config.steps:
-        print(f"interrupted and saved after step {step + 1}; go on with: {command_line()}")
-        sys.exit(130 if signal.SIGINT in interrupted else 0)
+            draw_curves(out / "curves.png", log.rows)
+        if interrupted and step + 1 < config.steps:
+            print(f"interrupted and saved after step {step + 1}; go on with: {command_line()}")
+            sys.exit(130 if signal.SIGINT in interrupted else 0)
     print(f"wrote {out / 'generator.safetensors'}; look at it with: python sample.py")
+
+
+def start_from_teacher(mu_real: torch.nn.Module, config: Config) -> dict:
+    """What is trained and checkpointed: G, mu_fake, G's average (G itself if off), optimisers."""
+    device = mu_real.sigma.device
+    G = OneStepGenerator(copy.deepcopy(mu_real)).requires_grad_(True)
+    mu_fake = copy.deepcopy(mu_real).requires_grad_(True)
+    return {
+        "G": G,
+        "mu_fake": mu_fake,
+        "G_ema": copy.deepcopy(G).requires_grad_(False) if config.ema else G,
+        "optimizer_G": adamw(G, config, device),
+        "optimizer_fake": adamw(mu_fake, config, device),
+    }
 
 
 def draw_condition(num_classes: int, batch: int, generator: torch.Generator) -> Tensor | None:
@@ -236,13 +225,13 @@ def draw_condition(num_classes: int, batch: int, generator: torch.Generator) -> 
 
 def to(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
     """Bring tensors to the device, images in channels-last layout."""
-    return [
-        x
-        if x is None
-        else x.to(device, memory_format=torch.channels_last)
-        if x.ndim == 4
-        else x.to(device)
+    layouts = [
+        torch.channels_last if x is not None and x.ndim == 4 else torch.preserve_format
         for x in tensors
+    ]
+    return [
+        None if x is None else x.to(device, memory_format=layout)
+        for x, layout in zip(tensors, layouts, strict=True)
     ]
 
 
@@ -310,9 +299,10 @@ def load_checkpoint(out: Path, run: dict, device: torch.device) -> tuple[int, li
     return state["step"], rows
 
 
-def save_run(out: Path, run: dict, step: int, log: list[dict], config: Config, teacher) -> None:
+def save_run(out: Path, run: dict, step: int, log: "Log", config: Config, teacher) -> None:
     """Write log.csv, checkpoint.pt and generator.safetensors, each atomically."""
-    write_csv(out / "log.csv", log)
+    log.flush()  # raises on NaN, before anything is overwritten
+    write_csv(out / "log.csv", log.rows)
     with atomic_path(out / "checkpoint.pt") as temporary:
         state = {name: part.state_dict() for name, part in run.items()}
         torch.save(state | {"step": step}, temporary)
@@ -327,26 +317,46 @@ def save_run(out: Path, run: dict, step: int, log: list[dict], config: Config, t
     write_tensors(out / "generator.safetensors", net.state_dict(), metadata)
 
 
-def log_rows(values: list[list[float]], last_step: int, rate: float, config: Config) -> list[dict]:
-    """Rows of log.csv for the steps up to last_step.
+class Log:
+    """The progress line and the rows of log.csv.
 
-    Raises:
-        UserError: a scalar is NaN or infinite; the last checkpoint is from before that.
+    Scalars stay on the device until they are shown, so that a GPU need not wait for the CPU.
     """
-    rows = []
-    for step, scalars in enumerate(values, start=last_step + 1 - len(values)):
-        row = {"step": step + 1}
-        for name, value in zip(SCALARS, scalars, strict=True):
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{name} is {value} at step {step + 1}; the last checkpoint is intact: lower "
-                    "--learning-rate or raise --lambda-reg, with another --out"
-                )
-            row[name] = f"{value:.5g}"
-        row["learning_rate"] = f"{learning_rate(config, step):.4g}"
-        row["images_per_s"] = f"{rate:.1f}"
-        rows.append(row)
-    return rows
+
+    def __init__(self, config: Config, start: int, rows: list[dict]):
+        self.config, self.rows, self.waiting = config, rows, []
+        self.bar = tqdm(total=config.steps, initial=start, desc="train", mininterval=0.5)
+        self.clock = time.perf_counter()
+
+    def add(self, step: int, *scalars: Tensor) -> None:
+        """Note one step's SCALARS."""
+        self.waiting.append(torch.stack([scalar.detach() for scalar in scalars]))
+        self.step = step
+        if (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps:
+            self.flush()
+        self.bar.update()
+
+    def flush(self) -> None:
+        """Turn what is waiting into rows.
+
+        Raises:
+            UserError: a scalar is NaN or infinite; the last checkpoint is from before that.
+        """
+        values = torch.stack(self.waiting).tolist() if self.waiting else []
+        now = time.perf_counter()
+        rate = len(values) * self.config.batch_size / (now - self.clock)
+        for step, scalars in enumerate(values, start=self.step + 1 - len(values)):
+            for name, value in zip(SCALARS, scalars, strict=True):
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"{name} is {value} at step {step + 1}; the last checkpoint is intact: "
+                        "lower --learning-rate or raise --lambda-reg, with another --out"
+                    )
+            row = {name: f"{value:.5g}" for name, value in zip(SCALARS, scalars, strict=True)}
+            row["learning_rate"] = f"{learning_rate(self.config, step):.4g}"
+            self.rows.append({"step": step + 1, **row, "images_per_s": f"{rate:.1f}"})
+        self.waiting, self.clock = [], now
+        self.bar.set_postfix({name: self.rows[-1][name] for name in SHOWN}, refresh=False)
 
 
 @torch.no_grad()
@@ -363,8 +373,9 @@ def draw_curves(path: Path, log: list[dict]) -> None:
     steps = [int(row["step"]) for row in log]
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axis, name in zip(figure.subplots(2, 3, sharex=True).flat, SCALARS, strict=True):
-        axis.plot(steps, [float(row[name]) for row in log], linewidth=0.8)
-        axis.set(title=name, yscale="log", xlabel="step")
+        values = [float(row[name]) for row in log]
+        axis.plot(steps, values, linewidth=0.8)
+        axis.set(title=name, yscale="log" if max(values) > 0 else "linear", xlabel="step")
         axis.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)

@@ -75,6 +75,24 @@ def learning_rate(config: Config, step: int) -> float:
     return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def resume(config: Config, run: dict, device: torch.device) -> tuple[int, list[dict]]:
+    """Restore the last checkpoint, if there is one of the same run -> steps done, log rows.
+
+    Raises:
+        UserError: the folder holds a run with other settings.
+    """
+    out = Path(config.out)
+    if not (out / "checkpoint.pt").exists():
+        return 0, []
+    state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
+    if state["config"] != {**asdict(config), "device": state["config"]["device"]}:
+        raise UserError(f"{out} holds a run with other settings; choose another --out")
+    for name, part in run.items():
+        part.load_state_dict(state[name])
+    with open(out / "log.csv", newline="") as file:
+        return state["step"], [r for r in csv.DictReader(file) if int(r["step"]) <= state["step"]]
+
+
 def main(config: Config) -> None:
     """Train, or go on training, and write teacher.safetensors."""
     device, out = pick_device(config.device), Path(config.out)
@@ -84,20 +102,8 @@ def main(config: Config) -> None:
     net = EDMPrecond(**MNIST_TEACHER_KWARGS).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
-    start, log = 0, []
-
-    # Go on from the last checkpoint, if there is one of the same run.
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        if state["config"] != {**asdict(config), "device": state["config"]["device"]}:
-            raise UserError(f"{out} holds a run with other settings; choose another --out")
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        with open(out / "log.csv", newline="") as file:
-            log = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+    run = {"net": net, "ema": ema, "optimizer": optimizer}
+    start, log = resume(config, run, device)
 
     progress = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="teacher")
     for step in progress:
@@ -124,11 +130,10 @@ def main(config: Config) -> None:
         log.append({"step": step + 1, "loss": f"{loss.item():.6f}"})
         progress.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            state = {"config": asdict(config), "step": step + 1, "net": net.state_dict()}
-            state |= {"ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
             write_csv(out / "log.csv", log)
-            with atomic_path(checkpoint) as temporary:
-                torch.save(state, temporary)
+            with atomic_path(out / "checkpoint.pt") as temporary:
+                state = {name: part.state_dict() for name, part in run.items()}
+                torch.save(state | {"config": asdict(config), "step": step + 1}, temporary)
             z = torch.randn(40, 1, 28, 28, generator=generator_for(0)).to(device)
             digits = heun_sample(ema, z, torch.arange(10, device=device).repeat(4))
             save_grid(out / f"samples_{step + 1:06d}.png", digits, columns=10, scale=2)

@@ -210,6 +210,8 @@ def load_teacher(dataset: str, path: str | None) -> tuple[EDMDenoiser, dict[str,
         UserError: missing or unreadable file, or a network for other images.
     """
     workload = get_workload(dataset)
+    if workload.solver != "heun":
+        raise UserError(f"the networks of {dataset} are not built yet; choose another --dataset")
     file = Path(path) if path else ASSETS / workload.teacher
     if path is None and not file.exists():
         raise UserError(

@@ -108,9 +108,7 @@ def main(config: Config) -> None:
     times = [(milliseconds(forward), milliseconds(step)) for _ in range(config.repeats)]
     F, total = (statistics.median(values) for values in zip(*times, strict=True))
     print(f"{config.dataset}, batch {B}, {device}, {torch.get_num_threads()} threads")
-    print(
-        f"F {F:.1f} ms, step {total:.1f} ms, floor {11 * F:.1f} ms, ratio {total / (11 * F):.2f}"
-    )
+    print(f"F {F:.1f} ms, step {total:.1f} ms, floor {11 * F:.1f} ms, ratio {total / (11 * F):.2f}")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import make_pairs
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(2)
 
 
 def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
@@ -33,9 +31,9 @@ def fails_in_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
-    """20 MNIST pairs in 3 shards, 2 Heun steps."""
+    """20 MNIST pairs in 3 shards, 6 Heun steps."""
     folder = tmp_path_factory.mktemp("pairs") / "mnist"
     make_pairs.main(
-        make_pairs.Config(num_pairs=20, steps=2, shard_size=8, out=str(folder), device="cpu")
+        make_pairs.Config(num_pairs=20, steps=6, shard_size=8, out=str(folder), device="cpu")
     )
     return folder

@@ -12,17 +12,25 @@ import pytest
 import torch
 from conftest import ROOT, fails_in_one_line, run
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import make_pairs
 import sample
 import train
 from edm_unet import heun_sample
 from pairs import Pairs, sample_noise
-from rundir import UserError
+from rundir import UserError, read_tensors, write_tensors
 from workloads import ASSETS, WORKLOADS, load_generator, load_teacher
 
 TINY = {"batch_size": 4, "batch_size_ref": 4, "warmup": 2, "device": "cpu", "log_every": 2}
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """train.main catches Ctrl-C; give it back to pytest."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def tiny_config(pairs, out, **options):
@@ -63,7 +71,7 @@ def test_pairs_are_the_teachers_ode_solutions(pairs):
     assert len(opened) == 20 and cond.tolist() == [7, 3, 8]
     torch.testing.assert_close(z, sample_noise(0, [17, 3, 8], (1, 28, 28)), rtol=0, atol=0)
     # Another batch size, another order: the same samples up to rounding.
-    torch.testing.assert_close(y, heun_sample(mu_real.net, z, cond, steps=2), rtol=0, atol=1e-4)
+    torch.testing.assert_close(y, heun_sample(mu_real.net, z, cond, steps=6), rtol=0, atol=1e-3)
 
 
 def test_no_two_pairs_share_their_noise():
@@ -78,7 +86,7 @@ def test_interrupted_pairs_resume_to_identical_files(pairs, tmp_path):
     again = shutil.copytree(pairs, tmp_path / "pairs")
     (again / "shard_00001.safetensors").unlink()
     (again / "preview.png").unlink()
-    make_pairs.main(make_pairs.Config(num_pairs=20, steps=2, shard_size=8, out=str(again)))
+    make_pairs.main(make_pairs.Config(num_pairs=20, steps=6, shard_size=8, out=str(again)))
     assert files(again) == whole
 
 
@@ -86,7 +94,7 @@ def test_pairs_of_other_settings_are_never_mixed(pairs, tmp_path):
     before = files(pairs)
     with pytest.raises(UserError, match="another seed"):
         make_pairs.main(
-            make_pairs.Config(num_pairs=20, steps=2, shard_size=8, seed=1, out=str(pairs))
+            make_pairs.Config(num_pairs=20, steps=6, shard_size=8, seed=1, out=str(pairs))
         )
     assert files(pairs) == before
     (tmp_path / "notes.txt").write_text("mine")
@@ -132,9 +140,10 @@ def test_resume_is_exact(pairs, tmp_path, ema):
     train.main(tiny_config(pairs, tmp_path / "straight", steps=6, **options))
     train.main(tiny_config(pairs, tmp_path / "resumed", steps=3, **options))
     train.main(tiny_config(pairs, tmp_path / "resumed", steps=6, **options))
-    straight, resumed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-                         for name in ("straight", "resumed"))  # fmt: skip
-    assert str(straight) == str(resumed) or straight.keys() == resumed.keys()
+    straight, resumed = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        for name in ("straight", "resumed")
+    )
     for part in ("G", "mu_fake", "G_ema"):
         for name, value in straight[part].items():
             assert torch.equal(value, resumed[part][name]), name
@@ -149,7 +158,7 @@ def test_resume_is_exact(pairs, tmp_path, ema):
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on_exactly(pairs, tmp_path):
-    arguments = ["--pairs", pairs, "--batch-size", 4, "--batch-size-ref", 4, "--steps", 40]
+    arguments = ["--pairs", pairs, "--batch-size", 4, "--batch-size-ref", 4, "--steps", 12]
     arguments += ["--save-every", 2, "--warmup", 2, "--device", "cpu"]
 
     def command(out):
@@ -165,7 +174,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_exactly(pairs, tmp_path):
     said, _ = process.communicate()
     assert process.returncode == 130 and "go on with: python " in said.splitlines()[-1]
     done = int(said.split("after step ")[1].split(";")[0])
-    assert 2 <= done < 40
+    assert 2 <= done < 12
 
     for out in ("stopped", "straight"):
         subprocess.run(command(tmp_path / out), check=True, capture_output=True)
@@ -230,7 +239,7 @@ def test_pairs_that_cannot_be_used(pairs, tmp_path):
     def start(folder, **options):
         train.main(tiny_config(folder, tmp_path / "run", steps=1, **options))
 
-    with pytest.raises(UserError, match="no pairs in .*make_pairs.py"):
+    with pytest.raises(UserError, match=r"no pairs in .*make_pairs\.py"):
         start(tmp_path / "nowhere")
 
     folder = shutil.copytree(pairs, tmp_path / "missing")
@@ -241,7 +250,7 @@ def test_pairs_that_cannot_be_used(pairs, tmp_path):
     folder = shutil.copytree(pairs, tmp_path / "truncated")
     path = folder / "shard_00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="shard_00001.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"shard_00001.* is damaged"):
         start(folder)
 
     for name, change in {
@@ -290,9 +299,12 @@ def test_an_image_is_a_function_of_its_seed_and_label(tmp_path, finished_run):
     def pictures(name, seeds, batch_size):
         sample.main(
             sample.Config(
-                checkpoint=str(finished_run), seeds=seeds, labels="4",
-                out=str(tmp_path / name), batch_size=batch_size,
-            )  # fmt: skip
+                checkpoint=str(finished_run),
+                seeds=seeds,
+                labels="4",
+                out=str(tmp_path / name),
+                batch_size=batch_size,
+            )
         )
         return files(tmp_path / name)
 
@@ -310,7 +322,7 @@ def test_an_image_is_a_function_of_its_seed_and_label(tmp_path, finished_run):
 @pytest.mark.slow
 def test_evaluate_by_command(finished_run, tmp_path):
     result = run(
-        "evaluate.py", "--checkpoint", finished_run, "--samples", 200, "--steps", 2,
+        "evaluate.py", "--checkpoint", finished_run, "--samples", 200, "--steps", 12,
         "--json", tmp_path / "numbers.json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -319,8 +331,8 @@ def test_evaluate_by_command(finished_run, tmp_path):
     assert set(numbers) == {"student", "teacher", "untrained"}
     for row in numbers.values():
         assert {"fd", "accuracy", "diversity"} <= set(row)
-    # Two Heun steps are already far better than one; two steps of training are not.
-    assert numbers["teacher"]["fd"] < numbers["untrained"]["fd"]
+    # Twelve Heun steps are already far better than one; two steps of training are not.
+    assert numbers["teacher"]["fd"] < 0.1 * min(numbers[r]["fd"] for r in ("untrained", "student"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -370,21 +382,20 @@ def test_checkpoints_that_cannot_be_used(tmp_path, finished_run):
         start(ASSETS / "mnist_classifier.safetensors")
 
     # Another architecture: the recorded arguments do not fit the tensors.
-    _, metadata = load_generator(good)
-    tensors = load_file(good)
+    tensors, metadata = read_tensors(good)
     name = "model.map_layer0.weight"
     other = tmp_path / "other.safetensors"
-    save_file(tensors | {name: torch.zeros(3, 3)}, other, metadata)
+    write_tensors(other, tensors | {name: torch.zeros(3, 3)}, metadata)
     with pytest.raises(UserError, match=f"1 misshapen \\({name}"):
         start(other)
-    save_file({k: v for k, v in tensors.items() if k != name}, other, metadata)
+    write_tensors(other, {k: v for k, v in tensors.items() if k != name}, metadata)
     with pytest.raises(UserError, match=f"1 missing \\({name}"):
         start(other)
-    save_file(tensors | {"extra": torch.zeros(3)}, other, metadata)
+    write_tensors(other, tensors | {"extra": torch.zeros(3)}, metadata)
     with pytest.raises(UserError, match="1 surplus \\(extra"):
         start(other)
     kwargs = json.dumps(json.loads(metadata["kwargs"]) | {"label_dim": 7})
-    save_file(tensors, other, metadata | {"kwargs": kwargs})
+    write_tensors(other, tensors, metadata | {"kwargs": kwargs})
     with pytest.raises(UserError, match="another architecture"):
         start(other)
     assert not (tmp_path / "x.png").exists()

@@ -94,7 +94,12 @@ def test_grid(tmp_path):
     save_grid(tmp_path / "grid.png", images, columns=2, scale=1, gap=1)
     picture = Image.open(tmp_path / "grid.png")
     assert picture.size == (1 + 2 * 6, 1 + 2 * 5)
-    assert [picture.getpixel(at)[0] for at in ((1, 1), (7, 1), (1, 6), (7, 6))] == [0, 128, 255, 200]
+    assert [picture.getpixel(at)[0] for at in ((1, 1), (7, 1), (1, 6), (7, 6))] == [
+        0,
+        128,
+        255,
+        200,
+    ]
 
 
 def test_imports_go_one_way():
