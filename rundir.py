@@ -107,7 +107,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~current_umask())  # mkstemp's files are private
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; nothing was changed"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -245,6 +247,12 @@ def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int
 
 
 def generator_for(*key: int) -> torch.Generator:
-    """A CPU generator whose stream is a function of the key alone, e.g. (seed, step)."""
+    """A CPU generator whose stream is a function of the key alone, e.g. (seed, step).
+
+    Raises:
+        UserError: a negative number.
+    """
+    if min(key) < 0:
+        raise UserError(f"seeds must be at least 0, not {min(key)}")
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) >> 1)

@@ -1,6 +1,6 @@
 """Train the one-step generator: Algorithm 1 of the paper.
 
-    python train.py                       MNIST, about 5 minutes on 2 CPU cores
+    python train.py                       MNIST, about 4 minutes on 2 CPU cores
 
 Needs pairs (python make_pairs.py). It writes runs/DATASET/: config.json, log.csv, curves.png,
 samples_STEP.png (the teacher's y_ref above G(z_ref), then fresh G(z)), checkpoint.pt to resume from

@@ -1,0 +1,276 @@
+"""Figure 3 of DMD in the plane: what each of the two scores does, and what the regression adds.
+
+    python toy_2d.py
+
+The real data are two Gaussian modes, ten standard deviations apart. Their denoiser E[x_0 | x_t] has
+a closed form, which is the teacher. A generator that starts as one spot beside the near mode is
+trained three times, by Algorithm 1 and the losses of dmd_loss.py:
+
+    (a) real score only          all samples climb to the near mode's peak
+    (b) real and fake scores     the samples spread over the near mode; the far one is missed
+    (c) scores and regression    both modes, half of the samples each
+
+Eq. 7's noise is kept small here, sigma up to a fifth of the distance between the modes (t up to
+0.26 T): with more, the teacher's score at the near mode feels the far one. Try --max-step 0.4,
+where sigma reaches that distance: (b) then finds both modes without any pairs.
+
+Device: CPU, about 25 seconds. It prints how the samples spread, and last:
+
+    wrote figure3.png
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dmd_loss import denoising_loss, distribution_matching_loss, l2_distance, regression_loss
+from edm_unet import EDMDenoiser, heun_sample
+from rundir import UserError, generator_for, option, run_script, write_bytes
+
+MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
+STD = 0.1  # of each mode, along both axes
+START = torch.tensor([-0.62, 0.12])  # the spot where the generator starts
+SIGMA_DATA = 0.5  # EDM's preconditioning constant; also this mixture's spread, so nothing to tune
+
+BATCH = 256
+NUM_PAIRS = 10_000
+LEARNING_RATE_G = 5e-4
+LEARNING_RATE_FAKE = 5e-3  # mu_fake has to keep up with G, whose samples it describes
+
+# Panel -> (does the fake score take part?, lambda_reg)
+PANELS = {
+    "(a) real score only": (False, 0.0),
+    "(b) real and fake scores": (True, 0.0),
+    "(c) scores and regression": (True, 1.0),
+}
+
+
+@dataclass
+class Config:
+    out: str = option("figure3.png", "file of the picture")
+    steps: int = option(3000, "training steps per panel")
+    max_step: float = option(0.26, "t ~ U(0.02 T, max_step T) in Eq. 7 (the paper: 0.98)")
+    seed: int = option(0, "seed of everything random")
+
+
+# --------------------------------------------------------------------------------------------------
+# The teacher and the two networks; a point of the plane is an "image" (2, 1, 1)
+
+
+class MixtureDenoiser(nn.Module):
+    """The teacher, in closed form: D(x; sigma) = E[x_0 | x], x = x_0 + sigma n, for the mixture."""
+
+    def forward(self, x: Tensor, sigma: Tensor | float, cond: None = None) -> Tensor:
+        """x (B, 2, 1, 1), sigma a number or (B,) -> (B, 2, 1, 1)."""
+        sigma = torch.as_tensor(sigma).reshape(-1, 1, 1)
+        offset = x.reshape(-1, 1, 2) - MODES  # (B, modes, axes)
+        variance = STD**2 + sigma**2  # of either mode, once diffused
+
+        # Which mode x came from, and what x_0 was if it came from that mode.
+        p_mode = (-(offset**2).sum(dim=2, keepdim=True) / (2 * variance)).softmax(dim=1)
+        mean = MODES + STD**2 / variance * offset
+        return (p_mode * mean).sum(dim=1).reshape(x.shape)
+
+
+def mlp(c_in: int) -> nn.Sequential:
+    """c_in -> 2 features. tanh, because a bounded network stays tame where there are no samples."""
+    layers = []
+    for fan_in in (c_in, 64, 64):
+        linear = nn.Linear(fan_in, 64)
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="tanh")
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(64, 2))
+
+
+class MLPDenoiser(nn.Module):
+    """mu_fake: D(x; sigma) = c_skip x + c_out F, EDM's preconditioning (EDM Table 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.F = mlp(3)
+        nn.init.zeros_(self.F[-1].weight)
+        nn.init.zeros_(self.F[-1].bias)
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: None = None) -> Tensor:
+        """x (B, 2, 1, 1), sigma (B,) -> (B, 2, 1, 1)."""
+        point, sigma = x.flatten(1), sigma[:, None]
+        norm = (sigma**2 + SIGMA_DATA**2).sqrt()
+        c_skip, c_out = (SIGMA_DATA / norm) ** 2, sigma * SIGMA_DATA / norm
+        # c_in is a single mode's: F has to tell points apart that differ by a fraction of STD.
+        c_in = 1 / (sigma**2 + STD**2).sqrt()
+        F = self.F(torch.cat([c_in * point, sigma.log() / 4], dim=1))
+        return (c_skip * point + c_out * F).reshape(x.shape)
+
+
+class Generator(nn.Module):
+    """G(z), which starts as one spot: G(z) = START, but for a little noise that lets it unfold."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(2)
+        nn.init.normal_(self.net[-1].weight, std=0.002)
+        with torch.no_grad():
+            self.net[-1].bias.copy_(START)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z ~ N(0, I) (B, 2, 1, 1) -> x (B, 2, 1, 1)."""
+        return self.net(z.flatten(1)).reshape(z.shape)
+
+
+def no_score(x_t: Tensor, t: Tensor, cond: None = None) -> Tensor:
+    """The denoiser of a density that is the same everywhere: mu = x_t / alpha_t, hence s = 0.
+
+    In the place of mu_fake it removes s_fake from Eq. 7, and nothing else (alpha_t is 1 here).
+    """
+    return x_t
+
+
+# --------------------------------------------------------------------------------------------------
+# Algorithm 1
+
+
+def start(seed: int) -> tuple[Generator, EDMDenoiser]:
+    """G and mu_fake before training, the same ones for every panel."""
+    torch.manual_seed(seed)
+    return Generator(), EDMDenoiser(MLPDenoiser())
+
+
+def make_pairs(mu_real: EDMDenoiser, seed: int) -> tuple[Tensor, Tensor]:
+    """z_ref ~ N(0, I) and the teacher's ODE solution y_ref for it, (NUM_PAIRS, 2, 1, 1) each."""
+    z_ref = torch.randn(NUM_PAIRS, 2, 1, 1, generator=generator_for(seed))
+    return z_ref, heun_sample(mu_real.net, z_ref, steps=40)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.param_groups[0]["lr"] = learning_rate
+    optimizer.step()
+
+
+def train_panel(
+    panel: str, config: Config, mu_real: EDMDenoiser, pairs: tuple[Tensor, Tensor]
+) -> Generator:
+    """Algorithm 1, as in train.py: train and return G, for one of PANELS."""
+    use_fake_score, lambda_reg = PANELS[panel]
+    G, mu_fake = start(config.seed)
+    optimizer_G = torch.optim.Adam(G.parameters())
+    optimizer_fake = torch.optim.Adam(mu_fake.parameters())
+    for step in tqdm(range(config.steps), desc=panel):
+        # 1. Sample z ~ N(0, I) and the pair (z_ref, y_ref).
+        generator = generator_for(config.seed, step)
+        z = torch.randn(BATCH, 2, 1, 1, generator=generator)
+        index = torch.randint(NUM_PAIRS, (BATCH,), generator=generator)
+        z_ref, y_ref = pairs[0][index], pairs[1][index]
+
+        # 2. Generate: x = G(z), x_ref = G(z_ref).
+        x, x_ref = G(torch.cat([z, z_ref])).chunk(2)
+
+        # 3. Distribution-matching gradient (Eq. 7) and regression (Eq. 9); step G.
+        loss_kl, _ = distribution_matching_loss(
+            mu_real,
+            mu_fake if use_fake_score else no_score,
+            x,
+            None,
+            max_step=config.max_step,
+            generator=generator,
+        )
+        loss_reg = regression_loss(x_ref, y_ref, l2_distance)
+        decay = 1 - step / config.steps  # or G and mu_fake would circle each other for ever
+        update(optimizer_G, loss_kl + lambda_reg * loss_reg, decay * LEARNING_RATE_G)
+
+        # 4. Denoise the generated samples (Eq. 6): the same x, detached.
+        loss_denoise = denoising_loss(mu_fake, x.detach(), None, generator=generator)
+
+        # 5. Step mu_fake.
+        update(optimizer_fake, loss_denoise, decay * LEARNING_RATE_FAKE)
+    return G
+
+
+# --------------------------------------------------------------------------------------------------
+# What came out
+
+
+@torch.no_grad()
+def generate(G: Generator, seed: int, n: int = 5000) -> Tensor:
+    """n fresh samples of G, (n, 2, 1, 1)."""
+    return G(torch.randn(n, 2, 1, 1, generator=generator_for(seed, 0, 0)))
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where samples x (B, 2, 1, 1) are, by the mode they are nearest to.
+
+    Returns:
+        share (2 modes,): of the samples, adding up to 1.
+        spread (2 modes, 2 axes): over the mode's own; NaN where the share is under 1 %. It is
+            1.4826 x the median absolute deviation, which a few stray samples do not change.
+    """
+    x = x.flatten(1)
+    nearest = torch.cdist(x, MODES).argmin(dim=1)
+    share = torch.bincount(nearest, minlength=2) / len(x)
+    spread = torch.full((2, 2), math.nan)
+    for mode in range(2):
+        if share[mode] >= 0.01:
+            members = x[nearest == mode]
+            deviation = (members - members.median(dim=0).values).abs().median(dim=0).values
+            spread[mode] = 1.4826 * deviation / STD
+    return share, spread
+
+
+def draw(path: Path, panels: dict[str, Tensor]) -> None:
+    """The figure: each panel's samples, (B, 2, 1, 1), over real ones and their density."""
+    real = MODES.repeat(700, 1) + STD * torch.randn(1400, 2, generator=generator_for(0))
+    x, y = torch.linspace(-0.9, 0.9, 181), torch.linspace(-0.4, 0.4, 81)
+    distance = torch.cdist(torch.cartesian_prod(x, y), MODES).reshape(181, 81, 2)
+    density = (-((distance / STD) ** 2) / 2).exp().sum(dim=2).T
+    levels = [math.exp(-(k**2) / 2) for k in (3, 2, 1)]  # k standard deviations from a mode
+
+    figure = Figure(figsize=(14, 2.2), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for axis, (title, samples) in zip(axes, panels.items(), strict=True):
+        axis.scatter(*real.T, s=2, color="#9ecae1", label="real")
+        axis.contour(x, y, density, levels, colors="#3182bd", linewidths=0.8)
+        axis.scatter(*samples[:1400].flatten(1).T, s=2, color="#d94801", label="generated")
+        near, far = statistics(samples)[0].tolist()
+        axis.set(title=title, xlabel=f"near mode {near:.0%}, far mode {far:.0%}")
+        axis.set(xlim=(-0.9, 0.9), ylim=(-0.4, 0.4), aspect="equal", xticks=[], yticks=[])
+    axes[0].legend(loc="lower center", ncols=2, markerscale=4, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_bytes(path, buffer.getvalue())
+
+
+def main(config: Config) -> None:
+    """Train the panels, print where their samples are, draw the figure."""
+    if config.steps < 1 or config.seed < 0:
+        raise UserError("--steps must be at least 1 and --seed at least 0")
+    if not 0.03 <= config.max_step <= 1:
+        raise UserError(f"--max-step must be between 0.03 and 1, not {config.max_step}")
+    if Path(config.out).is_dir():
+        raise UserError(f"--out {config.out} is a folder; give the name of a file")
+
+    mu_real = EDMDenoiser(MixtureDenoiser())
+    pairs = make_pairs(mu_real, config.seed)
+    samples = {"start": generate(start(config.seed)[0], config.seed)}
+    for panel in PANELS:
+        samples[panel] = generate(train_panel(panel, config, mu_real, pairs), config.seed)
+
+    print(f"{'':26} mode    share  spread x  spread y  (1 = the mode's own)")
+    for panel, x in samples.items():
+        share, spread = statistics(x)
+        for mode, name in enumerate(["near", "far"]):
+            row = f"{panel:26} {name:4} {share[mode]:8.1%}"
+            print(row + "".join(f"{s:10.2f}" for s in spread[mode]).replace("nan", "  -"))
+
+    draw(Path(config.out), samples)
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
