@@ -1,7 +1,7 @@
 """Measure the one-step generator against its teacher.
 
     python evaluate.py                                 MNIST: about 7 minutes on 2 CPU cores
-    python evaluate.py --rows student                  without the slow teacher: 15 seconds
+    python evaluate.py --rows student                  without the slow teacher: under a minute
     python evaluate.py --train-classifier              remake the classifier and the statistics
 
 Three figures, each for the student (1 evaluation), the teacher (18 Heun steps, 35 evaluations) and

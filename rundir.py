@@ -249,6 +249,8 @@ def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int
 def generator_for(*key: int) -> torch.Generator:
     """A CPU generator whose stream is a function of the key alone, e.g. (seed, step).
 
+    Trailing zeros do not count: (3,) and (3, 0) are the same key.
+
     Raises:
         UserError: a negative number.
     """

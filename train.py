@@ -161,7 +161,8 @@ def main(config: Config) -> None:
     log, interrupted = Log(config, start, rows), catch_signals()
     for step in range(start, config.steps):
         # 1. Sample z ~ N(0, I) with its condition, and pairs (z_ref, y_ref) ~ D.
-        generator = generator_for(config.seed, step)
+        # (The 1 keeps this stream apart from the pairs' noises, which come from (seed, k).)
+        generator = generator_for(config.seed, step, 1)
         z = torch.randn(config.batch_size, *workload.image_shape, generator=generator)
         index = torch.randint(len(pairs), (config.batch_size_ref,), generator=generator)
         z_ref, y_ref, cond_ref = pairs.batch(index.tolist())

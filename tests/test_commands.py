@@ -18,7 +18,7 @@ import sample
 import train
 from edm_unet import heun_sample
 from pairs import Pairs, sample_noise
-from rundir import UserError, read_tensors, write_tensors
+from rundir import UserError, generator_for, read_tensors, write_tensors
 from workloads import ASSETS, WORKLOADS, load_generator, load_teacher
 
 TINY = {"batch_size": 4, "batch_size_ref": 4, "warmup": 2, "device": "cpu", "log_every": 2}
@@ -100,6 +100,21 @@ def test_pairs_of_other_settings_are_never_mixed(pairs, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="other files"):
         make_pairs.main(make_pairs.Config(num_pairs=1, out=str(tmp_path)))
+
+
+def test_training_noise_is_not_the_pairs_noise(pairs, tmp_path, monkeypatch):
+    """Section 3.3: the two losses have distinct data streams."""
+    seen = []
+    original = train.distribution_matching_loss
+
+    def spy(mu_real, mu_fake, x, cond, **options):
+        seen.append(options["generator"].initial_seed())
+        return original(mu_real, mu_fake, x, cond, **options)
+
+    monkeypatch.setattr(train, "distribution_matching_loss", spy)
+    train.main(tiny_config(pairs, tmp_path / "run", steps=3))
+    of_pairs = {generator_for(0, k).initial_seed() for k in range(20)}
+    assert len(set(seen)) == 3 and not of_pairs & set(seen)
 
 
 # --------------------------------------------------------------------------------------------------
