@@ -42,6 +42,7 @@ def positional_embedding(c_noise: Tensor, width: int, last_frequency_inclusive: 
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    """Group normalisation over groups of at least four channels, at most 32 groups."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
@@ -249,8 +250,8 @@ class SongUNet(nn.Module):
         options = (embedding_type, encoder_type, decoder_type, list(resample_filter))
         if options != ("positional", "standard", "standard", [1, 1]):
             raise ValueError(
-                f"this SongUNet is not a DDPM++ {options}: NCSN++ networks (EDM's files named "
-                "'-ve') are not supported; use the '-vp' file of the same dataset"
+                f"this SongUNet is not a DDPM++ {options}: NCSN++ networks (EDM's '-ve' files) are "
+                "not supported; use the '-vp' file of the same dataset"
             )
         self.label_dim = label_dim
         self.noise_channels = model_channels * channel_mult_noise
@@ -261,9 +262,7 @@ class SongUNet(nn.Module):
 
         def block(c_in, c_out, resample=None, attention=False):
             return UNetBlock(
-                c_in,
-                c_out,
-                emb_channels,
+                *(c_in, c_out, emb_channels),
                 resample=resample,
                 num_heads=1 if attention else 0,
                 dropout=dropout,
@@ -284,9 +283,9 @@ class SongUNet(nn.Module):
             attention_everywhere=set(),
             attention_last=set(attn_resolutions),
         )
-        head = f"{img_resolution}x{img_resolution}_aux_"
-        self.dec[head + "norm"] = group_norm(widths[0], eps=1e-6)
-        self.dec[head + "conv"] = nn.Conv2d(widths[0], img_channels, 3, padding=1)
+        R = img_resolution
+        self.dec[f"{R}x{R}_aux_norm"] = group_norm(widths[0], eps=1e-6)
+        self.dec[f"{R}x{R}_aux_conv"] = nn.Conv2d(widths[0], img_channels, 3, padding=1)
         initialise(self, output_scale=1e-5)
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:

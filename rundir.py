@@ -116,6 +116,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def current_umask() -> int:
+    """The process's umask, which can only be read by setting it."""
     umask = os.umask(0)
     os.umask(umask)
     return umask

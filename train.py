@@ -67,10 +67,16 @@ class Config:
     batch_size: int | None = option(None, "unpaired samples per step")
     batch_size_ref: int | None = option(None, "paired samples per step")
     learning_rate: float | None = option(None, "peak learning rate of AdamW, both networks")
+    fake_lr_ratio: float | None = option(
+        None, "mu_fake's learning rate over G's, 1 = the same (not in the paper)"
+    )
     warmup: int | None = option(None, "steps of linear warm-up")
     lr_decay: str | None = option(None, "after the warm-up (not in the paper)", ("none", "cosine"))
     ema: float | None = option(None, "moving average of G's weights, 0 = off (not in the paper)")
     lambda_reg: float | None = option(None, "weight of the regression loss")
+    lambda_reg_decay: float | None = option(
+        None, "factor by which that weight falls over the run, 1 = constant"
+    )
     distance: str | None = option(None, "distance of the regression loss", ("l2", "lpips"))
     weighting: str | None = option(None, "w_t of the KL gradient", WEIGHTINGS)
     grad_clip: float | None = option(None, "largest L2 norm of a gradient")
@@ -93,6 +99,7 @@ def resolve(config: Config) -> Config:
     config.out = config.out or f"runs/{config.dataset}"
     smallest = {"steps": 1, "batch_size": 1, "batch_size_ref": 1, "log_every": 1, "save_every": 1}
     smallest |= {"warmup": 0, "learning_rate": 0, "lambda_reg": 0, "grad_clip": 0, "ema": 0}
+    smallest |= {"fake_lr_ratio": 0, "lambda_reg_decay": 1e-6}
     for name, bound in smallest.items():
         if not getattr(config, name) >= bound:
             name, value = name.replace("_", "-"), getattr(config, name)
@@ -118,6 +125,11 @@ def learning_rate(config: Config, step: int) -> float:
     return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def lambda_reg(config: Config, step: int) -> float:
+    """The weight of the regression loss, constant or falling geometrically over the run."""
+    return config.lambda_reg * config.lambda_reg_decay ** (step / config.steps)
+
+
 def adamw(network: torch.nn.Module, config: Config, device: torch.device) -> torch.optim.AdamW:
     """Appendix B's optimiser, for G and mu_fake alike; the loop sets the learning rate."""
     workload = get_workload(config.dataset)
@@ -130,14 +142,18 @@ def adamw(network: torch.nn.Module, config: Config, device: torch.device) -> tor
 
 
 def update(
-    network: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, config: Config, step
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    learning_rate: float,
+    grad_clip: float,
 ) -> Tensor:
     """Backward, clip, step. Returns the gradient's norm before clipping."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        group["lr"] = learning_rate
     optimizer.step()
     return norm
 
@@ -178,7 +194,9 @@ def main(config: Config) -> None:
             mu_real, mu_fake, x, cond, weighting=config.weighting, generator=generator
         )
         loss_reg = regression_loss(x_ref, y_ref, distance)
-        norm_G = update(G, optimizer_G, loss_kl + config.lambda_reg * loss_reg, config, step)
+        loss_G = loss_kl + lambda_reg(config, step) * loss_reg
+        lr = learning_rate(config, step)
+        norm_G = update(G, optimizer_G, loss_G, lr, config.grad_clip)
         if config.ema:
             update_average(G_ema, G, config.ema, step)
 
@@ -188,7 +206,8 @@ def main(config: Config) -> None:
         )
 
         # 5. Step mu_fake.
-        norm_fake = update(mu_fake, optimizer_fake, loss_denoise, config, step)
+        lr_fake = config.fake_lr_ratio * lr
+        norm_fake = update(mu_fake, optimizer_fake, loss_denoise, lr_fake, config.grad_clip)
 
         log.add(step, loss_kl, loss_reg, loss_denoise, info["grad_norm"], norm_G, norm_fake)
         if interrupted or step + 1 == config.steps or (step + 1) % config.save_every == 0:
@@ -268,7 +287,8 @@ def claim_folder(out: Path, config: Config, teacher: dict[str, str]) -> None:
     names = sorted(settings.keys() | found.keys())
     changed = [name for name in names if settings.get(name) != found.get(name)]
     # Without decay, step k does not know how many steps follow: such a run may be prolonged.
-    if changed == ["steps"] and config.lr_decay == "none" and config.steps > found["steps"]:
+    constant = (config.lr_decay, config.lambda_reg_decay) == ("none", 1)
+    if changed == ["steps"] and constant and config.steps > found["steps"]:
         write_json(out / "config.json", settings)
     elif changed:
         raise UserError(

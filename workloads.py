@@ -53,6 +53,8 @@ class Workload:
     grad_clip: float = 10.0
     # Not in the paper, and off in its workloads.
     lr_decay: str = "none"  # "cosine": from the peak to zero over the run
+    fake_lr_ratio: float = 1.0  # mu_fake's learning rate over G's
+    lambda_reg_decay: float = 1.0  # factor by which lambda_reg falls over the run
     ema: float = 0.0  # decay of a moving average of G's weights, which is then what is kept
 
 
@@ -69,12 +71,14 @@ WORKLOADS = {
         sigma_data=0.5,
         distance="l2",
         lambda_reg=0.5,
-        steps=600,
+        steps=900,
         batch_size=32,
         batch_size_ref=32,
         learning_rate=4e-4,
         warmup=50,
         lr_decay="cosine",
+        fake_lr_ratio=2.0,
+        lambda_reg_decay=0.2,
         ema=0.98,
     ),
     "cifar10": Workload(

@@ -92,9 +92,9 @@ def main(config: Config) -> None:
         x, x_ref = G(torch.cat([z, z]), torch.cat([cond, cond])).split([B, B])
         loss, _ = distribution_matching_loss(mu_real, mu_fake, x, cond)
         loss = loss + regression_loss(x_ref, z, l2_distance)
-        train.update(G, optimizer_G, loss, train_config, 0)
+        train.update(G, optimizer_G, loss, 1e-4, 10.0)
         loss = denoising_loss(mu_fake, x.detach(), cond)
-        train.update(mu_fake, optimizer_fake, loss, train_config, 0)
+        train.update(mu_fake, optimizer_fake, loss, 1e-4, 10.0)
 
     def milliseconds(function) -> float:
         start = time.perf_counter()

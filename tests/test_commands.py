@@ -22,6 +22,7 @@ from rundir import UserError, generator_for, read_tensors, write_tensors
 from workloads import ASSETS, WORKLOADS, load_generator, load_teacher
 
 TINY = {"batch_size": 4, "batch_size_ref": 4, "warmup": 2, "device": "cpu", "log_every": 2}
+CONSTANT = {"lr_decay": "none", "lambda_reg_decay": 1.0}  # such a run may be prolonged
 
 
 @pytest.fixture(autouse=True)
@@ -147,11 +148,28 @@ def test_before_training_the_generator_is_the_teachers_one_step(tmp_path, pairs)
         torch.testing.assert_close(G(z, cond), heun_sample(mu_real.net, z, cond, steps=1))
 
 
+def test_schedules(finished_run):
+    options = {"steps": 100, "warmup": 10, "learning_rate": 1e-3, "lambda_reg": 0.5}
+    config = train.resolve(train.Config(**options, lr_decay="cosine", lambda_reg_decay=0.04))
+    assert [train.lambda_reg(config, k) for k in (0, 50, 100)] == pytest.approx([0.5, 0.1, 0.02])
+    rates = [train.learning_rate(config, k) for k in (0, 9, 55, 100)]
+    assert rates == pytest.approx([1e-4, 1e-3, 5e-4, 0])
+    config = train.resolve(train.Config(dataset="imagenet64", steps=100))
+    assert {train.lambda_reg(config, k) for k in (0, 50, 100)} == {0.25}
+    assert train.learning_rate(config, 10**5) == 2e-6
+
+    state = torch.load(finished_run / "checkpoint.pt", weights_only=True)
+    rate_G, rate_fake = (
+        state[name]["param_groups"][0]["lr"] for name in ("optimizer_G", "optimizer_fake")
+    )
+    assert rate_fake == WORKLOADS["mnist"].fake_lr_ratio * rate_G > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_resume_is_exact(pairs, tmp_path, ema):
     """6 steps straight = 3 + resume + 3, bit for bit."""
-    options = {"lr_decay": "none", "ema": ema, "save_every": 3}
+    options = {**CONSTANT, "ema": ema, "save_every": 3}
     train.main(tiny_config(pairs, tmp_path / "straight", steps=6, **options))
     train.main(tiny_config(pairs, tmp_path / "resumed", steps=3, **options))
     train.main(tiny_config(pairs, tmp_path / "resumed", steps=6, **options))
@@ -216,7 +234,7 @@ def test_a_folder_with_another_run_is_left_alone(finished_run, pairs, tmp_path):
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(pairs, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    options = {"lr_decay": "none", "save_every": 1, "log_every": 1}
+    options = {**CONSTANT, "save_every": 1, "log_every": 1}
     train.main(tiny_config(pairs, out, steps=1, **options))
     before = files(out)
     monkeypatch.setattr(train, "l2_distance", lambda x, y: (x - y) * float("nan"))
@@ -238,7 +256,8 @@ def test_damaged_checkpoint(finished_run, pairs, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [({"steps": 0}, "--steps"), ({"ema": 1.0}, "--ema"), ({"lambda_reg": -1.0}, "--lambda-reg"),
-     ({"learning_rate": float("nan")}, "--learning-rate")],
+     ({"learning_rate": float("nan")}, "--learning-rate"),
+     ({"lambda_reg_decay": 0.0}, "--lambda-reg-decay")],
 )  # fmt: skip
 def test_options_out_of_range(pairs, tmp_path, option, message):
     with pytest.raises(UserError, match=message):
@@ -433,3 +452,4 @@ def test_the_workloads_are_those_of_appendix_b():
         assert (w.weight_decay, w.betas, w.grad_clip) == (0.01, (0.9, 0.999), 10.0)
         if name != "mnist":
             assert (w.warmup, w.lr_decay, w.ema) == (500, "none", 0.0)
+            assert (w.fake_lr_ratio, w.lambda_reg_decay) == (1.0, 1.0)
