@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 T = 1000  # number of discrete noise levels, t = 0 .. 999, larger is noisier
+SIGMA_MAX = 80.0  # EDM's largest noise level, where sampling starts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,7 +452,7 @@ class EDMPrecond(nn.Module):
         return c_skip * x + c_out * self.model(x / norm, c_noise, labels).float()
 
 
-def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
+def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = SIGMA_MAX, rho: float = 7.0):
     """EDM Eq. 5: n noise levels from sigma_min up to sigma_max (ascending), float64 (n,).
 
     n = 1 gives sigma_max alone. No zero is appended.
@@ -493,14 +494,15 @@ class EDMDenoiser(nn.Module):
     """An EDM network in DMD's terms: mu(x_t, t, cond), estimate of x_0 at T discrete noise levels.
 
     Buffers `alpha` (T,) = 1 and `sigma` (T,) = karras_sigmas(T): the forward process of Eq. 3.
-    `z_scale` = sigma_{T-1} = 80: x_{T-1} is z_scale * z for z ~ N(0, I).
+    `z_scale` = sigma_{T-1} = sigma_max: x_{T-1} is z_scale * z for z ~ N(0, I).
     """
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module, sigma_max: float = SIGMA_MAX):
         super().__init__()
         self.net = net
         self.register_buffer("alpha", torch.ones(T), persistent=False)
-        self.register_buffer("sigma", karras_sigmas(T).float(), persistent=False)
+        sigma = karras_sigmas(T, sigma_max=sigma_max).float()
+        self.register_buffer("sigma", sigma, persistent=False)
         self.z_scale = float(self.sigma[-1])
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:

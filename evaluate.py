@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from edm_unet import heun_sample
+from edm_weights import fetch
 from pairs import sample_noise
 from rundir import (
     UserError,
@@ -222,7 +223,8 @@ def measure(images: Tensor, labels: Tensor, classifier, statistics, device) -> d
 def find_generator(given: str | None) -> Path:
     """The generator to measure: the one given, else runs/mnist's, else the shipped one."""
     if given:
-        return Path(given) / "generator.safetensors" if Path(given).is_dir() else Path(given)
+        folder = Path(given)
+        return folder / "generator.safetensors" if folder.is_dir() else fetch(given)
     run = Path("runs/mnist/generator.safetensors")
     return run if run.exists() else MNIST_GENERATOR
 

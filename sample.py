@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from edm_unet import heun_sample
+from edm_weights import fetch
 from pairs import sample_noise
 from rundir import UserError, option, pick_device, run_script, save_grid
 from workloads import MNIST_GENERATOR, get_workload, load_generator, load_teacher
@@ -28,7 +29,9 @@ from workloads import MNIST_GENERATOR, get_workload, load_generator, load_teache
 @dataclass
 class Config:
     checkpoint: str | None = option(
-        None, "a run folder or generator.safetensors (default: the last run's, or the shipped one)"
+        None,
+        "a run folder, a generator's file, https://... or hf://owner/repo/file "
+        "(default: the last run's, or the shipped one)",
     )
     seeds: str = option("0-99", "seeds of the images: 0-99 or 3,5,8")
     labels: str | None = option(None, "classes, cycled over the images: 7 or 0-9 (default: all)")
@@ -62,8 +65,8 @@ def parse_numbers(text: str, name: str) -> list[int]:
 def find_checkpoint(given: str | None) -> Path:
     """The generator to use: the one given, else the newest run's, else the shipped one."""
     if given:
-        path = Path(given)
-        return path / "generator.safetensors" if path.is_dir() else path
+        folder = Path(given)
+        return folder / "generator.safetensors" if folder.is_dir() else fetch(given)
     runs = sorted(Path("runs").glob("*/generator.safetensors"), key=lambda p: p.stat().st_mtime)
     if runs:
         return runs[-1]

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from edm_unet import EDMPrecond, heun_sample
+from edm_weights import load_edm
 from rundir import (
     UserError,
     atomic_path,
@@ -36,7 +37,7 @@ from rundir import (
     write_csv,
     write_tensors,
 )
-from workloads import MNIST_TEACHER_KWARGS, load_edm_safetensors, load_mnist
+from workloads import MNIST_TEACHER_KWARGS, load_mnist
 
 SIGMA_DATA = 0.5  # EDM's, and EDMPrecond's default
 
@@ -80,7 +81,7 @@ def start(init: str | None) -> EDMPrecond:
     """A new network, or the one in the file `init`, ready to be trained."""
     if init is None:
         return EDMPrecond(**MNIST_TEACHER_KWARGS)
-    return load_edm_safetensors(Path(init))[0].train().requires_grad_(True)
+    return load_edm(init).train().requires_grad_(True)
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -10,7 +10,6 @@ Below the table: what turns a row and a file into a teacher or a generator.
 
 import gzip
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dmd_loss import OneStepGenerator
-from edm_unet import EDMDenoiser, EDMPrecond
-from rundir import UserError, load_strictly, read_tensors
+from edm_unet import SIGMA_MAX, EDMDenoiser, EDMPrecond
+from edm_weights import fetch, load_edm, load_edm_with_metadata
+from rundir import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 MNIST_GENERATOR = ASSETS / "mnist_generator.safetensors"
@@ -184,33 +184,13 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def load_edm_safetensors(path: Path) -> tuple[EDMPrecond, dict[str, str]]:
-    """Rebuild an EDM network from a safetensors file and the `kwargs` in its metadata.
-
-    Returns:
-        the network (eval mode, float32, no gradients), and the file's metadata.
-
-    Raises:
-        UserError: not such a file, or tensors that do not fit the recorded architecture.
-    """
-    tensors, metadata = read_tensors(path)
-    try:
-        net = EDMPrecond(**json.loads(metadata["kwargs"]))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} does not say which network it holds ({error!r}); "
-            "use a file written by train.py or train_teacher.py"
-        ) from None
-    load_strictly(net, {name: tensor.float() for name, tensor in tensors.items()}, path)
-    return net.eval().requires_grad_(False), metadata
-
-
-def load_teacher(dataset: str, path: str | None) -> tuple[EDMDenoiser, dict[str, str]]:
+def load_teacher(dataset: str, source: str | None) -> tuple[EDMDenoiser, dict[str, str]]:
     """mu_real of a workload, and what a run records about it: {"name", "sha256"}.
 
     Args:
         dataset: a row of WORKLOADS.
-        path: the weights; None for the workload's own.
+        source: the weights, a file or an address that edm_weights.fetch knows; None for the
+            workload's own, which is downloaded if it is not embedded.
 
     Raises:
         UserError: missing or unreadable file, or a network for other images.
@@ -218,35 +198,47 @@ def load_teacher(dataset: str, path: str | None) -> tuple[EDMDenoiser, dict[str,
     workload = get_workload(dataset)
     if workload.solver != "heun":
         raise UserError(f"the networks of {dataset} are not built yet; choose another --dataset")
-    file = Path(path) if path else ASSETS / workload.teacher
-    if path is None and not file.exists():
-        raise UserError(
-            f"the {dataset} teacher ({workload.teacher}) is not part of this repository; "
-            "give its weights with --teacher FILE"
-        )
-    net, _ = load_edm_safetensors(file)
+    embedded = ASSETS / workload.teacher
+    file = embedded if source is None and embedded.exists() else fetch(source or workload.teacher)
+    net = load_edm(file)
     check_fits(dataset, net, file)
     return EDMDenoiser(net), {"name": file.name, "sha256": file_hash(file)}
 
 
-def load_generator(path: Path) -> tuple[OneStepGenerator, dict[str, str]]:
+def load_generator(source: str | Path) -> tuple[OneStepGenerator, dict[str, str]]:
     """G_theta from a run's generator.safetensors, and the file's metadata (its dataset, step, ...).
+
+    Also from others' EDM checkpoints (see edm_weights.read_edm_state): their dataset is told by the
+    network's shape.
+
+    Args:
+        source: a file, or an address that edm_weights.fetch knows.
 
     Raises:
         UserError: missing or unreadable file, or one that holds no generator.
     """
-    net, metadata = load_edm_safetensors(path)
+    path = fetch(str(source))
+    net, metadata = load_edm_with_metadata(path)
+    if "kwargs" not in metadata:  # not a file of ours
+        metadata = {"role": "generator", "dataset": dataset_of(net)} | metadata
     if metadata.get("role") != "generator" or metadata.get("dataset") not in WORKLOADS:
         raise UserError(f"{path} is not a one-step generator; use a generator.safetensors of a run")
     check_fits(metadata["dataset"], net, path)
-    return OneStepGenerator(EDMDenoiser(net)), metadata
+    return OneStepGenerator(EDMDenoiser(net, metadata.get("sigma", SIGMA_MAX))), metadata
+
+
+def dataset_of(net: EDMPrecond) -> str | None:
+    """The workload for whose images and classes a network is made, None if there is none."""
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    fitting = ((w.image_shape, w.num_classes) == (shape, net.label_dim) for w in WORKLOADS.values())
+    return next((name for name, fits in zip(WORKLOADS, fitting, strict=True) if fits), None)
 
 
 def check_fits(dataset: str, net: EDMPrecond, path: Path) -> None:
     """Raise UserError unless the network takes the dataset's images and labels."""
-    workload = get_workload(dataset)
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    if (shape, net.label_dim) != (workload.image_shape, workload.num_classes):
+    if dataset_of(net) != dataset:
+        workload = get_workload(dataset)
+        shape = (net.img_channels, net.img_resolution, net.img_resolution)
         raise UserError(
             f"{path} is a network for images {shape} with {net.label_dim} classes, but {dataset} "
             f"has {workload.image_shape} with {workload.num_classes}; choose the right file"

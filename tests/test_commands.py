@@ -13,10 +13,11 @@ import torch
 from conftest import ROOT, fails_in_one_line, run
 from PIL import Image
 
+import edm_weights
 import make_pairs
 import sample
 import train
-from edm_unet import heun_sample
+from edm_unet import EDMPrecond, heun_sample
 from pairs import Pairs, sample_noise
 from rundir import UserError, generator_for, read_tensors, write_tensors
 from workloads import ASSETS, WORKLOADS, load_generator, load_teacher
@@ -378,7 +379,10 @@ def test_evaluate_by_command(finished_run, tmp_path):
     ("command", "words"),
     [
         (["make_pairs.py", "--dataset", "mnits"], ["unknown dataset 'mnits'", "imagenet64"]),
-        (["make_pairs.py", "--dataset", "cifar10"], ["edm-cifar10-32x32-cond-vp.pkl", "--teacher"]),
+        (
+            ["make_pairs.py", "--dataset", "cifar10", "--teacher", "no.pkl"],
+            ["no.pkl does not exist"],
+        ),
         (["make_pairs.py", "--device", "cuda"], ["'cuda'", "--device cpu"]),
         (["train.py", "--pairs", "nowhere"], ["no pairs in nowhere", "make_pairs.py"]),
         (["sample.py", "--labels", "10"], ["label 10 is out of range", "0-9"]),
@@ -407,12 +411,12 @@ def test_checkpoints_that_cannot_be_used(tmp_path, finished_run):
 
     html = tmp_path / "page.safetensors"
     html.write_text("<html>not found</html>" * 100)
-    with pytest.raises(UserError, match="not a complete safetensors file"):
+    with pytest.raises(UserError, match="is a web page, not weights"):
         start(html)
 
     with pytest.raises(UserError, match="is not a one-step generator"):
         start(ASSETS / "mnist_teacher.safetensors")
-    with pytest.raises(UserError, match="does not say which network"):
+    with pytest.raises(UserError, match="fits none of cifar10"):
         start(ASSETS / "mnist_classifier.safetensors")
 
     # Another architecture: the recorded arguments do not fit the tensors.
@@ -433,6 +437,31 @@ def test_checkpoints_that_cannot_be_used(tmp_path, finished_run):
     with pytest.raises(UserError, match="another architecture"):
         start(other)
     assert not (tmp_path / "x.png").exists()
+
+
+def test_generators_of_others(tmp_path, monkeypatch):
+    """A bare state dict: its architecture and dataset are told by its shapes, its sigma is kept."""
+    small = edm_weights.EDM_ARCHITECTURES["cifar10"] | {
+        "model_channels": 16, "num_blocks": 1, "channel_mult": [1, 1], "attn_resolutions": [],
+    }  # fmt: skip
+    monkeypatch.setitem(edm_weights.EDM_ARCHITECTURES, "cifar10", small)
+    net = EDMPrecond(**small)
+    state = {f"module.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"model_g": state, "model_d": {}}, tmp_path / "model.pt")
+    torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
+
+    z, cond = torch.randn(2, 3, 32, 32), torch.tensor([3, 8])
+    for name, sigma in (("model.pt", edm_weights.MODEL_G_SIGMA), ("pytorch_model.bin", 80.0)):
+        G, metadata = load_generator(tmp_path / name)
+        assert metadata["dataset"] == "cifar10"
+        with torch.no_grad():
+            expected = net.eval()(sigma * z, sigma, cond)
+            torch.testing.assert_close(G(z, cond), expected, rtol=1e-4, atol=1e-4)
+    assert abs(edm_weights.MODEL_G_SIGMA - 79.56) < 0.005
+
+    out = tmp_path / "x.png"
+    sample.main(sample.Config(checkpoint=str(tmp_path / "model.pt"), seeds="0-3", out=str(out)))
+    assert Image.open(out).mode == "RGB"
 
 
 def test_the_workloads_are_those_of_appendix_b():
