@@ -16,7 +16,6 @@ knows no network and no dataset. A denoiser `mu` is anything with
 All losses are computed in float32, whatever dtype the networks ran in.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -209,16 +208,6 @@ def l2_distance(x: Tensor, y: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------
 # Noise levels and noise
-
-
-def sd_noise_table(T: int = 1000) -> tuple[Tensor, Tensor]:
-    """Stable Diffusion v1.5's "scaled linear" schedule -> alpha, sigma, (T,) float64 each.
-
-    alpha_t^2 = prod_{i <= t} (1 - beta_i), sigma_t^2 = 1 - alpha_t^2.
-    """
-    beta = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), T, dtype=torch.float64) ** 2
-    alpha_squared = (1 - beta).cumprod(0)
-    return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
 
 def at(table: Tensor, t: Tensor) -> Tensor:

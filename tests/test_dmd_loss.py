@@ -8,10 +8,11 @@ import torch
 
 import dmd_loss
 from edm_unet import karras_sigmas
+from sd_loader import sd_noise_table
 
 TABLES = {
     "edm": (torch.ones(1000, dtype=torch.float64), karras_sigmas(1000)),
-    "sd": dmd_loss.sd_noise_table(),
+    "sd": sd_noise_table(),
 }
 
 
@@ -258,7 +259,7 @@ def test_generator_starts_as_the_teachers_last_noise_level():
 
 
 def test_sd_noise_table():
-    alpha, sigma = dmd_loss.sd_noise_table()
+    alpha, sigma = sd_noise_table()
     assert alpha[999] ** 2 == pytest.approx(0.0046601, rel=1e-4)
     assert alpha[0] ** 2 == pytest.approx(0.99915, rel=1e-6)
     assert alpha[500] ** 2 == pytest.approx(0.2763, rel=1e-3)

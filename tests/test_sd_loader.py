@@ -1,0 +1,690 @@
+"""Stable Diffusion's networks against golden vectors; tokenizer, sampler and weights' files."""
+
+import json
+import warnings
+import zlib
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import errors
+from safetensors.torch import save_file
+
+import sd_loader
+from rundir import UserError, write_tensors
+from sd_loader import (
+    SD15,
+    CLIPTokenizer,
+    GuidedUNet,
+    SDDenoiser,
+    TextEncoder,
+    TinyDecoder,
+    UNet,
+    VAEDecoder,
+    load_network,
+    load_sd,
+    pndm_sample,
+    sd_noise_table,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "sd"
+CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
+CHECKS = json.loads((GOLDEN / "check_values.json").read_text())
+FULL_SIZE = json.loads((GOLDEN / "keys_sd15.json").read_text())
+RULES = {  # chirp, gain, spread
+    "rule_a": (0, 0.5, 0),
+    "rule_b": (0.013, 1.4, 0.001),
+    "eps_probe": (0.013, 1.4, 0.001),
+}
+PARTS = {  # our name -> class, the golden files' names of config and of vectors
+    "unet": (UNet, "unet", "unet"),
+    "text_encoder": (TextEncoder, "text_encoder", "text_encoder"),
+    "vae": (VAEDecoder, "vae", "vae_decoder"),
+    "tiny_vae": (TinyDecoder, "taesd", "taesd_decoder"),
+}
+
+
+def fill(name, shape, rule):
+    """The golden vectors' parameters: a function of each one's name and shape, float64."""
+    chirp, gain, spread = RULES[rule]
+    h, numel = zlib.crc32(name.encode()), int(np.prod(shape))
+    i = np.arange(numel, dtype=np.float64)
+    w = 0.7 + spread * (h // 1000 % 997)
+    s = np.sin(w * i + chirp * i * i + h % 1000).reshape(shape)
+    if len(shape) > 1:
+        value = s * gain / np.sqrt(numel / shape[0])
+    else:
+        value = 0.1 * s + name.endswith(".weight")
+    damped = ["conv_in", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "proj_in", "to_out"]
+    is_damped = name.endswith(".bias") or any(part in name for part in [*damped, "ff.net.2"])
+    return 0.05 * value if rule == "eps_probe" and is_damped and "norm" not in name else value
+
+
+def tiny(part, rule="rule_b"):
+    """A golden network with its parameters filled in."""
+    network, config, vectors = PARTS[part]
+    net, total = network(CONFIGS[config]).eval(), 0.0
+    for name, parameter in net.named_parameters():
+        value = fill(name, parameter.shape, rule)
+        parameter.data = torch.from_numpy(value).float()
+        total += np.abs(value).sum()
+    assert total == pytest.approx(CHECKS[rule]["sum_abs_of_all_parameters"][vectors], rel=1e-6)
+    return net
+
+
+def golden(rule, vectors):
+    return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / rule / f"{vectors}.npz").items()}
+
+
+def relative_error(found, expected):
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_unet_matches_golden_vectors(rule):
+    net, data = tiny("unet", rule), golden(rule, "unet")
+    for name, values in CHECKS[rule]["first_three_values"].items():
+        if name in dict(net.named_parameters()):
+            found = net.get_parameter(name).flatten()[:3]
+            torch.testing.assert_close(found, torch.tensor(values), rtol=0, atol=1e-7)
+    with torch.no_grad():
+        assert relative_error(net(data["x"], data["t"], data["context"]), data["eps"]) < 1e-5
+    if rule == "eps_probe":
+        return
+    with torch.no_grad():  # not square
+        eps = net(data["x2"], data["t2"].reshape(1), data["context2"])
+    assert relative_error(eps, data["eps2"]) < 1e-5
+
+    x, context = (data[name][1:2].requires_grad_() for name in ("x", "context"))
+    (net(x, data["grad_t"].reshape(1), context) * data["grad_w"]).sum().backward()
+    assert relative_error(x.grad, data["grad_x"]) < 2e-5
+    assert relative_error(context.grad, data["grad_context"]) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("rule", "part", "given", "expected"),
+    [
+        ("rule_a", "text_encoder", "input_ids", "last_hidden_state"),
+        ("rule_b", "text_encoder", "input_ids", "last_hidden_state"),
+        ("rule_a", "vae", "latent", "image"),
+        ("rule_b", "vae", "latent", "image"),
+        ("eps_probe", "vae", "latent", "image"),
+        ("rule_a", "tiny_vae", "latent", "image"),
+        ("rule_b", "tiny_vae", "latent", "image"),
+    ],
+)
+@torch.no_grad()
+def test_other_networks_match_golden_vectors(rule, part, given, expected):
+    data = golden(rule, PARTS[part][2])
+    assert relative_error(tiny(part, rule)(data[given]), data[expected]) < 1e-5
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_full_size_names_shapes_and_counts(part):
+    with torch.device("meta"):
+        net = PARTS[part][0](SD15[part])
+    shapes = {name: list(value.shape) for name, value in net.state_dict().items()}
+    assert shapes == FULL_SIZE[part]
+    assert sum(p.numel() for p in net.parameters()) == FULL_SIZE["counts"][part]
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
+    net, data = tiny("unet"), golden("rule_b", "unet")
+    calls = []
+    net.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
+    gradients = []
+    for on in (False, True):
+        net.gradient_checkpointing = on
+        net.zero_grad()
+        x = data["x"].clone().requires_grad_()
+        (net(x, data["t"], data["context"]) ** 2).sum().backward()
+        gradients.append([x.grad, *(p.grad for p in net.parameters())])
+    assert len(calls) == 1 + 2  # forward; forward and again for the backward pass
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Noise levels, guidance, denoiser, sampler
+
+
+def test_noise_table():
+    alpha, sigma = sd_noise_table()
+    expected = golden("rule_b", "sampler")["alphas_cumprod"]
+    torch.testing.assert_close((alpha**2).float(), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1000, dtype=torch.float64))
+    assert alpha[999].item() == pytest.approx(0.06827, abs=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["rule_a", "rule_b"])
+@torch.no_grad()
+def test_guidance_and_one_step_match_golden_vectors(rule):
+    net, data = tiny("unet", rule), golden(rule, "sampler")
+    z, cond = data["z"], data["cond"]
+    for scale in (3, 8):
+        guided = GuidedUNet(net, data["uncond"], scale)(z, data["cfg_t"].reshape(1), cond)
+        assert relative_error(guided, data[f"cfg{scale}"]) < 5e-5
+    one_step = SDDenoiser(net)(z, torch.tensor([999]), cond)
+    assert relative_error(one_step, data["one_step_t999"]) < 1e-5
+
+
+@pytest.mark.parametrize(("rule", "steps"), [("rule_a", 10), ("rule_b", 10), ("rule_b", 50)])
+def test_pndm_trajectory_matches_golden_vectors(rule, steps):
+    net, data = tiny("unet", rule), golden(rule, "sampler")
+    guided, times = GuidedUNet(net, data["uncond"], 3), []
+
+    def eps(x, t, text):
+        times.append(t.item())
+        return guided(x, t, text)
+
+    end = pndm_sample(eps, data["z"], data["cond"], steps)
+    assert times == data[f"timesteps{steps}"].tolist()
+    assert relative_error(end, data[f"plms{steps}"]) < 1e-5
+
+
+class Echo(torch.nn.Module):
+    """A UNet's stand-in: eps is the mean of each sample's text, and every call's t is kept."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.dtype, self.times = dtype, []
+
+    def forward(self, x, t, text):
+        self.times.append(t.tolist())
+        return text.mean(dim=(1, 2))[:, None, None, None].expand_as(x).to(self.dtype)
+
+
+def test_guidance_is_per_sample_and_one_is_no_guidance():
+    x, t, text = torch.zeros(2, 4, 8, 8), torch.tensor([3, 5]), torch.ones(2, 77, 6)
+    text[1] = 2
+    null, unet = torch.full((1, 77, 6), 0.5), Echo()
+    guided = GuidedUNet(unet, null, 3.0)(x, t, text)
+    assert guided[:, 0, 0, 0].tolist() == [0.5 + 3 * 0.5, 0.5 + 3 * 1.5]
+    torch.testing.assert_close(GuidedUNet(unet, null, 1.0)(x, t, text), unet(x, t, text))
+    assert unet.times == [[3, 5, 3, 5], [3, 5], [3, 5]]
+    for scale in (0, -1.0, float("nan")):
+        with pytest.raises(UserError, match="guidance must be above 0"):
+            GuidedUNet(unet, null, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_denoiser_inverts_the_forward_process_in_float32(dtype):
+    # Where eps is the noise that was added, the estimate of x_0 is x_0: Eq. 3 and 11.
+    mu = SDDenoiser(Echo(dtype))
+    assert mu.z_scale == 1 and mu.alpha.shape == mu.sigma.shape == (1000,)
+    x_0, t = torch.randn(4, 4, 8, 8), torch.tensor([0, 400, 980, 999])
+    noise, text = 0.75, torch.full((4, 77, 6), 0.75)  # exact in bfloat16
+    alpha, sigma = (table[t][:, None, None, None] for table in sd_noise_table())
+    estimate = mu((alpha * x_0 + sigma * noise).float(), t, text)
+    assert estimate.dtype == torch.float32
+    torch.testing.assert_close(estimate, x_0, rtol=0, atol=3e-5)
+
+
+def gaussian_data(mean, std):
+    """The exact eps of N(mean, std^2) data, and its exact ODE map from time t to t = 0.
+
+    x_t has mean alpha mean and variance V = alpha^2 std^2 + sigma^2, eps = -sigma * score, and the
+    ODE keeps (x_t - alpha mean) / sqrt(V).
+    """
+    alpha, sigma = sd_noise_table()
+    deviation = (alpha**2 * std**2 + sigma**2).sqrt()
+
+    def eps(x, t, text):
+        t = t[0]
+        return sigma[t] * (x.double() - alpha[t] * mean) / deviation[t] ** 2
+
+    def ode_end(z, t):
+        return alpha[0] * mean + deviation[0] * (z - alpha[t] * mean) / deviation[t]
+
+    return eps, ode_end
+
+
+@pytest.mark.parametrize("steps", [2, 7, 50, 999])
+def test_pndm_is_exact_where_all_data_are_one_point(steps):
+    z = torch.randn(1, 1, 2, 2, dtype=torch.float64)
+    eps, ode_end = gaussian_data(mean=0.3, std=0.0)
+    start = 1 + (steps - 1) * (1000 // steps)
+    end = pndm_sample(eps, z, None, steps)
+    torch.testing.assert_close(end, ode_end(z, start).float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("std", [0.5, 1.0])
+def test_pndm_converges_with_second_order(std):
+    z = torch.linspace(-3, 3, 20, dtype=torch.float64)[None, None, None]
+    eps, ode_end = gaussian_data(mean=0.3, std=std)
+    worst = []
+    for steps in (20, 80):
+        end = pndm_sample(eps, z, None, steps).double()
+        exact = ode_end(z, 1 + (steps - 1) * (1000 // steps))
+        worst.append((end - exact).abs().max().item())
+    # A quarter of the stride divides the error by 16. (Strides below 10 gain no more: the last
+    # step, from t = 1 to 0, is out of line with the grid whatever the stride, and then decides.)
+    assert worst[1] < worst[0] / 16 and worst[1] < 2e-3
+
+
+@pytest.mark.parametrize("steps", [0, 1, 1000])
+def test_pndm_refuses_grids_that_do_not_exist(steps):
+    with pytest.raises(UserError, match="2 to 999"):
+        pndm_sample(Echo(), torch.zeros(1, 4, 8, 8), None, steps)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizer
+
+MERGES = ["c a", "ca t</w>", "# #", "# #</w>", "a t</w>", "t h", "th e</w>", "d o", "do g</w>"]
+MERGES += ["' s</w>", "1 2", "1 2</w>"]
+
+
+def write_tokenizer(folder):
+    """A CLIP vocabulary with a dozen merges; the last two ids are the marks, as in the real one."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(b) for b in printable] + [chr(256 + k) for k in range(256 - len(printable))]
+    words = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in MERGES]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: i for i, word in enumerate(words)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    text = "\n".join(["#version: 0.2", *MERGES]) + "\n"
+    (folder / "merges.txt").write_text(text, encoding="utf-8")
+    return vocab
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocab = write_tokenizer(folder)
+    tokenizer = CLIPTokenizer(folder / "vocab.json", folder / "merges.txt")
+    tokenizer.words = {i: word for word, i in vocab.items()}
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("cat", "cat</w>"),
+        ("  The CAT\t\n dog ", "the</w> cat</w> dog</w>"),
+        ("cat\u3000dog\u00a0cat\u2028dog", "cat</w> dog</w> cat</w> dog</w>"),
+        ("cats bat", "ca t s</w> b at</w>"),
+        ("dog's CAT'S", "dog</w> 's</w> cat</w> 's</w>"),  # 's is a piece of its own
+        ("1212", "1</w> 2</w> 1</w> 2</w>"),  # digits stand alone, whatever the merges say
+        ("## ###", "##</w> ## #</w>"),  # merges that begin with # are no comments
+        ("cat!?dog", "cat</w> ! ?</w> dog</w>"),  # other signs run together
+        ("_cat-", "_</w> cat</w> -</w>"),
+        ("caf\u00e9", "ca f Ã ©</w>"),  # UTF-8 bytes
+        ("CAFE\u0301", "ca f Ã ©</w>"),  # composed first
+        ("\u00bdcat", "Â ½</w> cat</w>"),  # one half is a number, not a letter
+        ("", ""),
+        ("cat <|endoftext|> dog", "cat</w> <|endoftext|> dog</w>"),
+    ],
+)
+def test_tokenizer_cuts_and_merges(tokenizer, prompt, pieces):
+    (row,) = tokenizer([prompt]).tolist()
+    words = [tokenizer.words[i] for i in row]
+    expected = ["<|startoftext|>", *pieces.split()]
+    assert words == expected + ["<|endoftext|>"] * (77 - len(expected))
+
+
+def test_long_prompts_are_cut_with_a_warning_that_shows_what_is_lost(tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        full = tokenizer(["cat " * 75, "dog"])
+    assert full.shape == (2, 77) and full.dtype == torch.long
+    with pytest.warns(UserWarning, match=r"77 tokens.* takes 75; cut off: 'The DOG'"):
+        cut = tokenizer(["cat " * 75 + "The DOG"])
+    assert torch.equal(cut[0], full[0])
+    assert tokenizer.words[cut[0, 76].item()] == "<|endoftext|>"
+
+
+def test_tokenizer_refuses_one_string_and_other_files(tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="list of strings"):
+        tokenizer("cat")
+    assert tokenizer([]).shape == (0, 77)
+    write_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nx yz\n")
+    with pytest.raises(UserError, match="no CLIP vocabulary"):
+        CLIPTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt")
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
+
+
+def released(part):
+    """A tiny network's tensors, with what else the released files of that network hold."""
+    tensors = {name: value.detach().clone() for name, value in tiny(part).named_parameters()}
+    if part == "text_encoder":
+        # Room for the test's vocabulary, which is longer than the golden one.
+        words = "text_model.embeddings.token_embedding.weight"
+        tensors[words] = torch.from_numpy(fill(words, (600, 20), "rule_b")).float()
+        tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    elif part == "vae":
+        tensors["encoder.conv_in.weight"] = torch.ones(8, 3, 3, 3)
+        tensors["quant_conv.weight"] = torch.ones(8, 8, 1, 1)
+    elif part == "tiny_vae":
+        tensors["encoder.layers.0.weight"] = torch.ones(12, 3, 3, 3)
+    return tensors
+
+
+def write_sd(folder, dtype=torch.float32, suffix=".safetensors"):
+    """A whole tiny Stable Diffusion and its tiny decoder in the released files' layout."""
+    configs = {part: dict(CONFIGS[config]) for part, (_, config, _) in PARTS.items()}
+    configs["text_encoder"]["vocab_size"] = 600
+    for part, config in configs.items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(config))
+        tensors = released(part)
+        for name, value in tensors.items():
+            tensors[name] = value.to(dtype) if value.is_floating_point() else value
+        stem = "diffusion_pytorch_model"
+        if part == "text_encoder":
+            stem = "pytorch_model" if suffix.endswith(".bin") else "model"
+        save = torch.save if suffix.endswith(".bin") else save_file
+        save(tensors, folder / part / (stem + suffix))
+    (folder / "scheduler").mkdir()
+    scheduler = json.dumps(CONFIGS["scheduler"])
+    (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)
+    write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sd_folder(tmp_path_factory):
+    return write_sd(tmp_path_factory.mktemp("sd") / "float32")
+
+
+def outputs(sd):
+    """A few numbers of every network."""
+    data = golden("rule_b", "unet")
+    latents = golden("rule_b", "vae_decoder")["latent"]
+    with torch.no_grad():
+        text = sd.encode_text(["the cat", ""])
+        eps = sd.unet(data["x"], data["t"], data["context"])
+        return [text, eps, sd.decode(latents), sd.decode(latents, tiny=True)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "suffix", "tolerance"),
+    [
+        (torch.float32, ".bin", 1e-6),
+        (torch.float16, ".fp16.safetensors", 5e-3),
+        (torch.float16, ".fp16.bin", 5e-3),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_networks(sd_folder, tmp_path, dtype, suffix, tolerance):
+    expected = outputs(load_sd(sd_folder, tiny_source=sd_folder / "tiny_vae"))
+    vectors = (("unet", "eps"), ("vae_decoder", "image"), ("taesd_decoder", "image"))
+    for found, (file, name) in zip(expected[1:], vectors, strict=True):
+        assert relative_error(found, golden("rule_b", file)[name]) < 1e-5
+    assert expected[0].shape == (2, 77, 20) and not torch.equal(expected[0][0], expected[0][1])
+
+    folder = write_sd(tmp_path / "other", dtype, suffix)
+    sd = load_sd(folder, tiny_source=folder / "tiny_vae")
+    for found, reference in zip(outputs(sd), expected, strict=True):
+        assert found.dtype == torch.float32
+        assert relative_error(found, reference) < tolerance
+
+
+def test_loaded_networks_are_in_eval_mode_and_all_but_the_unet_frozen(sd_folder):
+    sd = load_sd(sd_folder, tiny_source=sd_folder / "tiny_vae", dtype=torch.float16)
+    for part in PARTS:
+        net = getattr(sd, part)
+        assert not net.training
+        assert {p.requires_grad for p in net.parameters()} == {part == "unet"}
+        assert {p.dtype for p in net.parameters()} == {torch.float16}
+    only = load_sd(sd_folder, parts=["vae"])
+    assert only.unet is only.text_encoder is only.tokenizer is only.tiny_vae is None
+
+
+def test_half_precision_prefers_the_small_files(sd_folder, tmp_path):
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    (folder / "config.json").write_text((sd_folder / "unet" / "config.json").read_text())
+    tensors = released("unet")
+    for suffix, value in (("", 1.0), (".fp16", 2.0), (".non_ema", 3.0)):
+        tensors["conv_out.bias"] = torch.full((4,), value)
+        save_file(tensors, folder / f"diffusion_pytorch_model{suffix}.safetensors")
+    for dtype, value in ((torch.float32, 1), (torch.float16, 2), (torch.bfloat16, 2)):
+        assert load_network("unet", tmp_path, dtype).conv_out.bias[0] == value
+
+
+def test_other_names_for_the_same_tensors(sd_folder, tmp_path):
+    # The VAE's older attention, also as 1x1 convolutions.
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    vae = released("vae")
+    for name in list(vae):
+        for new, old in older.items():
+            if f".attentions.0.{new}." in name:
+                value = vae.pop(name)
+                value = value[:, :, None, None] if value.ndim == 2 else value
+                vae[name.replace(new, old)] = value
+    attention = {name for name in vae if ".attentions." in name}
+    assert attention == FULL_SIZE["vae_older_attention"].keys()
+    # TAESD in its author's own layout: no prefix, and one more entry at the front.
+    raw = {}
+    for name, value in tiny("tiny_vae").state_dict().items():
+        index, rest = name.removeprefix("decoder.layers.").split(".", 1)
+        raw[f"{int(index) + 1}.{rest}"] = value
+    assert raw.keys() == FULL_SIZE["tiny_vae_raw_layout"].keys()
+    # The text encoder without its prefix.
+    text = {k.removeprefix("text_model."): v for k, v in released("text_encoder").items()}
+    assert FULL_SIZE["text_encoder_older_files"].keys() <= released("text_encoder").keys()
+
+    for part, tensors in (("vae", vae), ("tiny_vae", raw), ("text_encoder", text)):
+        path = tmp_path / f"{part}.safetensors"
+        save_file(tensors, path)
+        config = json.loads((sd_folder / part / "config.json").read_text())
+        found = load_network(part, path, config=config).state_dict()
+        usual = sd_folder / "tiny_vae" if part == "tiny_vae" else sd_folder
+        for name, value in load_network(part, usual).state_dict().items():
+            assert torch.equal(found[name], value), name
+
+
+def test_tensors_become_parameters_without_a_copy_and_can_be_written_again(tmp_path):
+    tensors = {name: value.detach() for name, value in tiny("unet").state_dict().items()}
+    with torch.device("meta"):
+        net = UNet(CONFIGS["unet"])
+    sd_loader.assign_strictly(net, tensors, "memory")
+    assert all(net.get_parameter(name).data_ptr() == t.data_ptr() for name, t in tensors.items())
+
+    # A distilled UNet in the place of SD v1.5's, written by the function that writes generators.
+    first, again = tmp_path / "generator.safetensors", tmp_path / "unet"
+    write_tensors(first, tensors, {})
+    loaded = load_network("unet", first, config=CONFIGS["unet"])
+    again.mkdir()
+    write_tensors(again / "diffusion_pytorch_model.safetensors", loaded.state_dict(), {})
+    (again / "config.json").write_text(json.dumps(CONFIGS["unet"]))
+    reloaded = load_network("unet", tmp_path).state_dict()
+    assert all(torch.equal(reloaded[name], t) for name, t in tensors.items())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@torch.no_grad()
+def test_training_a_loaded_network_leaves_its_file_alone(tmp_path, suffix):
+    path = tmp_path / f"decoder{suffix}"
+    tensors = tiny("tiny_vae").state_dict()
+    (torch.save if suffix == ".bin" else save_file)(tensors, path)
+    for _ in range(2):
+        net = load_network("tiny_vae", path, config=CONFIGS["taesd"])
+        for name, parameter in net.named_parameters():
+            assert torch.equal(parameter, tensors[name])
+            parameter.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("mid_block.resnets.1.conv2.bias"),
+         ["1 missing (mid_block.resnets.1.conv2.bias)"]),
+        (lambda t: t.update(extra=torch.ones(1)), ["1 surplus (extra)"]),
+        (lambda t: t.update({"conv_in.weight": torch.ones(16, 9, 3, 3)}),
+         ["1 misshapen (conv_in.weight (16, 9, 3, 3) instead of (16, 4, 3, 3))"]),
+        (lambda t: t.update({f"model.{k}": t.pop(k) for k in list(t)}),
+         ["686 missing (conv_in.weight, ", "686 surplus (model."]),
+    ],
+)  # fmt: skip
+def test_every_difference_of_the_weights_is_named(tmp_path, change, words):
+    tensors, path = released("unet"), tmp_path / "unet.safetensors"
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(UserError) as caught:
+        load_network("unet", path, config=CONFIGS["unet"])
+    assert "\n" not in str(caught.value)
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("content", ["bomb", "nested", "text", "cut"])
+def test_damaged_or_dangerous_files_are_refused(tmp_path, content, capsys):
+    path = tmp_path / "unet.bin"
+    if content == "text":
+        path.write_text("no weights")
+    else:
+        torch.save(
+            {"bomb": {"x": Bomb()}, "nested": {"x": {}}}.get(content, released("unet")), path
+        )
+    if content == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(
+        UserError, match=r"unet.bin (cannot be read|holds something else)"
+    ) as caught:
+        load_network("unet", path, config=CONFIGS["unet"])
+    assert "\n" not in str(caught.value) and "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("unet", {"in_channels": 9}, "UNet of Stable Diffusion for inpainting"),
+        ("unet", {"use_linear_projection": True}, "UNet of Stable Diffusion 2.x"),
+        ("unet", {"addition_embed_type": "text_time"}, "UNet of Stable Diffusion XL"),
+        ("unet", {"flip_sin_to_cos": False}, "flip_sin_to_cos = False is not supported, only True"),
+        ("unet", {"down_block_types": ["AttnDownBlock2D"] * 4}, "no Attn blocks"),
+        ("unet", {"attention_head_dim": 7}, "7 heads"),
+        ("unet", {"attention_head_dim": [4, 4, 4, 4]}, "describes no network"),
+        ("unet", {"block_out_channels": "wide"}, "describes no network"),
+        ("unet", {"norm_num_groups": 0}, "describes no network"),
+        ("unet", {"cross_attention_dim": None}, "describes no network"),
+        ("text_encoder", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ("vae", {"act_fn": "relu"}, "act_fn = 'relu' is not supported"),
+        ("tiny_vae", {"decoder_block_out_channels": [8, 8, 8, 4]}, "must all be equal"),
+        ("tiny_vae", {"scaling_factor": 0.13025}, "scaling_factor"),
+    ],
+)
+def test_unsupported_configs_are_named(tmp_path, part, change, words):
+    folder = tmp_path / ("" if part == "tiny_vae" else part)
+    folder.mkdir(exist_ok=True)
+    config = CONFIGS[PARTS[part][1]] | change
+    (folder / "config.json").write_text(json.dumps(config))
+    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    (folder / f"{stem}.safetensors").touch()
+    with pytest.raises(UserError, match=r"config\.json") as caught:
+        load_network(part, tmp_path)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction"),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "beta_end = 0.02"),
+        ("text_encoder/config.json", {"vocab_size": 100}, "misshapen"),
+        ("unet/config.json", None, "misshapen"),  # then the UNet is taken to be SD v1.5's
+        ("unet/diffusion_pytorch_model.safetensors", None, "diffusion_pytorch_model.fp16.bin"),
+        ("text_encoder/model.safetensors", None, "holds none of model.safetensors"),
+        ("tokenizer/merges.txt", None, "tokenizer holds no merges.txt"),
+    ],
+)
+def test_incomplete_or_altered_folders(sd_folder, tmp_path, file, change, words):
+    for path in sd_folder.rglob("*.*"):
+        if path.is_file():
+            copy = tmp_path / path.relative_to(sd_folder)
+            copy.parent.mkdir(exist_ok=True)
+            copy.symlink_to(path)
+    (tmp_path / file).unlink()
+    if change:
+        content = json.loads((sd_folder / file).read_text()) | change
+        (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        load_sd(tmp_path, parts=("unet", "text_encoder"))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_parts_that_do_not_fit_together(sd_folder, monkeypatch):
+    def load(part, *arguments):
+        net = tiny(part)
+        if part == "text_encoder":
+            net.config["hidden_size"] = 24
+        return net
+
+    monkeypatch.setattr(sd_loader, "load_network", load)
+    with pytest.raises(UserError, match=r"\d+ words, the text encoder 120"):
+        load_sd(sd_folder)
+    monkeypatch.setattr(sd_loader, "load_tokenizer", lambda *_: None)
+    with pytest.raises(UserError, match="text states of width 20, the text encoder gives 24"):
+        load_sd(sd_folder)
+
+
+@pytest.fixture
+def hub(monkeypatch, sd_folder):
+    """A Hub with one repository, sd_folder's, and what was asked of it."""
+
+    class Hub:
+        cached, online, asked = {}, True, []
+
+    def download(repo, path):
+        Hub.asked.append(path)
+        if not Hub.online:
+            raise errors.LocalEntryNotFoundError("no connection")
+        if repo != "owner/sd":
+            raise ValueError("401\nno such repository")
+        if not (sd_folder / path).is_file():
+            raise errors.EntryNotFoundError("404")
+        return str(sd_folder / path)
+
+    cache = lambda repo, path: Hub.cached.get(path)  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cache)
+    return Hub
+
+
+def test_a_hub_repository_gives_only_the_files_needed(hub):
+    sd = load_sd("owner/sd", parts=("text_encoder",))
+    assert sd.encode_text(["cat"]).shape == (1, 77, 20) and sd.unet is None
+    assert hub.asked == [
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+    ]
+
+
+def test_without_a_network_the_hubs_cache_will_do(hub, sd_folder):
+    hub.asked.clear()
+    hub.online = False
+    with pytest.raises(UserError, match=r"vae/config.json of owner/sd is not in the Hub's cache"):
+        load_sd("owner/sd", parts=("vae",))
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    hub.cached["vae/config.json"] = str(sd_folder / "vae/config.json")
+    hub.cached["vae/diffusion_pytorch_model.fp16.safetensors"] = str(sd_folder / weights)
+    hub.asked.clear()
+    assert load_sd("owner/sd", parts=("vae",)).vae is not None
+    assert hub.asked == [weights]  # one wait for the network, not one for every name
+
+
+def test_neither_folder_nor_repository(hub, tmp_path):
+    with pytest.raises(UserError, match="does not exist; a Hub repository is written owner/name"):
+        load_sd(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"owner/other is not here, and the Hub .* \(401\)"):
+        load_sd("owner/other")
