@@ -206,6 +206,24 @@ def l2_distance(x: Tensor, y: Tensor) -> Tensor:
     return (x - y) ** 2
 
 
+def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> Tensor:
+    """Section 3.3's distance, on images upsampled bilinearly to the size that VGG was trained on.
+
+    Args:
+        network: LPIPS (Zhang et al. 2018, arXiv 1801.03924), frozen, for RGB images in [-1, 1].
+        x, y: images (B, 1 or 3, H, W). They are not clamped: that would stop the gradient where
+            the generator overshoots. y carries no gradient, so its features build no graph.
+
+    Returns:
+        (B, 1, 1, 1).
+    """
+    x, y = (
+        F.interpolate(image.expand(-1, 3, -1, -1), (size, size), mode="bilinear")
+        for image in (x, y)
+    )
+    return network(x, y)
+
+
 # --------------------------------------------------------------------------------------------------
 # Noise levels and noise
 

@@ -1,6 +1,6 @@
 """Train the one-step generator: Algorithm 1 of the paper.
 
-    python train.py                       MNIST, about 4 minutes on 2 CPU cores
+    python train.py                       MNIST, about 6 minutes on 2 CPU cores
 
 Needs pairs (python make_pairs.py). It writes runs/DATASET/: config.json, log.csv, curves.png,
 samples_STEP.png (the teacher's y_ref above G(z_ref), then fresh G(z)), checkpoint.pt to resume from
@@ -15,11 +15,14 @@ import csv
 import io
 import json
 import math
+import pickle
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +36,7 @@ from dmd_loss import (
     denoising_loss,
     distribution_matching_loss,
     l2_distance,
+    lpips_distance,
     regression_loss,
 )
 from pairs import Pairs
@@ -73,6 +77,9 @@ class Config:
     warmup: int | None = option(None, "steps of linear warm-up")
     lr_decay: str | None = option(None, "after the warm-up (not in the paper)", ("none", "cosine"))
     ema: float | None = option(None, "moving average of G's weights, 0 = off (not in the paper)")
+    lambda_dm: float = option(
+        1.0, "weight of the distribution-matching loss (0: Table 2's ablation)"
+    )
     lambda_reg: float | None = option(None, "weight of the regression loss")
     lambda_reg_decay: float | None = option(
         None, "factor by which that weight falls over the run, 1 = constant"
@@ -83,6 +90,8 @@ class Config:
     log_every: int = option(10, "steps between updates of the progress line")
     save_every: int = option(100, "steps between checkpoints, pictures and curves")
 
+
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's, for LPIPS
 
 # Options that may differ when a run is resumed: none of them changes its result.
 FREE_OPTIONS = ("device", "pairs", "out", "log_every", "save_every")
@@ -99,7 +108,7 @@ def resolve(config: Config) -> Config:
     config.out = config.out or f"runs/{config.dataset}"
     smallest = {"steps": 1, "batch_size": 1, "batch_size_ref": 1, "log_every": 1, "save_every": 1}
     smallest |= {"warmup": 0, "learning_rate": 0, "lambda_reg": 0, "grad_clip": 0, "ema": 0}
-    smallest |= {"fake_lr_ratio": 0, "lambda_reg_decay": 1e-6}
+    smallest |= {"fake_lr_ratio": 0, "lambda_dm": 0, "lambda_reg_decay": 1e-6}
     for name, bound in smallest.items():
         if not getattr(config, name) >= bound:
             name, value = name.replace("_", "-"), getattr(config, name)
@@ -109,11 +118,27 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def choose_distance(config: Config):
-    """The distance l of Eq. 9."""
-    if config.distance == "lpips":
-        raise UserError("LPIPS is not available yet for this dataset; use --distance l2")
-    return l2_distance
+def choose_distance(config: Config, device: torch.device) -> Callable:
+    """The distance of Eq. 9.
+
+    Raises:
+        UserError: LPIPS without its package, or without VGG's weights.
+    """
+    if config.distance == "l2":
+        return l2_distance
+    try:
+        from lpips import LPIPS  # slow to import, and not needed for L2
+
+        network = LPIPS(net="vgg", verbose=False)
+    except ImportError:
+        raise UserError("LPIPS is a package: pip install lpips, or use --distance l2") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"LPIPS needs VGG-16's weights ({reason}): put {VGG_URL} into "
+            f"{torch.hub.get_dir()}/checkpoints, or use --distance l2"
+        ) from None
+    return partial(lpips_distance, network.eval().requires_grad_(False).to(device))
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -165,7 +190,7 @@ def main(config: Config) -> None:
     out = Path(config.out)
     mu_real, teacher = load_teacher(config.dataset, config.teacher)
     pairs = Pairs(Path(config.pairs), config.dataset, teacher)
-    distance = choose_distance(config)
+    distance = choose_distance(config, device)
     claim_folder(out, config, teacher)
 
     # 0. G and mu_fake start as the teacher. All run in eval mode: no dropout anywhere.
@@ -194,7 +219,7 @@ def main(config: Config) -> None:
             mu_real, mu_fake, x, cond, weighting=config.weighting, generator=generator
         )
         loss_reg = regression_loss(x_ref, y_ref, distance)
-        loss_G = loss_kl + lambda_reg(config, step) * loss_reg
+        loss_G = config.lambda_dm * loss_kl + lambda_reg(config, step) * loss_reg
         lr = learning_rate(config, step)
         norm_G = update(G, optimizer_G, loss_G, lr, config.grad_clip)
         if config.ema:

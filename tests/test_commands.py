@@ -7,7 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from urllib.error import URLError
 
+import lpips
 import pytest
 import torch
 from conftest import ROOT, fails_in_one_line, run
@@ -215,6 +218,55 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_exactly(pairs, tmp_path):
     first, second = (files(tmp_path / name) for name in ("straight", "stopped"))
     assert first["generator.safetensors"] == second["generator.safetensors"]
     assert first["config.json"] == second["config.json"]
+
+
+def test_lpips_trains(pairs, tmp_path, monkeypatch):
+    """A step with the real LPIPS on a random VGG; it is no distance of its own weights' making."""
+    monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
+    config = train.resolve(tiny_config(pairs, tmp_path / "run", steps=1, distance="lpips"))
+    distance = train.choose_distance(config, torch.device("cpu"))
+    x, y = torch.randn(2, 1, 28, 28, requires_grad=True), torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(distance(y, y), torch.zeros(2, 1, 1, 1))
+    apart = distance(x, y)
+    assert (apart > 0).all()
+    apart.sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is None and not p.requires_grad for p in distance.args[0].parameters())
+    train.main(config)
+    row = next(csv.DictReader((tmp_path / "run/log.csv").read_text().splitlines()))
+    assert float(row["loss_reg"]) > 0
+
+
+def test_lpips_without_its_weights(pairs, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(UserError, match=r"vgg16-397923af\.pth into .*empty.* or use --distance l2"):
+        train.main(tiny_config(pairs, tmp_path / "run", distance="lpips"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("weight", "loss"),
+    [("lambda_dm", "distribution_matching_loss"), ("lambda_reg", "regression_loss")],
+)
+def test_table_2s_ablations(pairs, tmp_path, monkeypatch, weight, loss):
+    """A loss of weight 0 has no say: three times the loss trains the same generator."""
+    original = getattr(train, loss)
+
+    def tripled(*arguments, **options):
+        result = original(*arguments, **options)
+        return (3 * result[0], result[1]) if isinstance(result, tuple) else 3 * result
+
+    def generator(out):
+        train.main(tiny_config(pairs, tmp_path / out, steps=2, **{weight: 0.0}))
+        return (tmp_path / out / "generator.safetensors").read_bytes()
+
+    first = generator("once")
+    monkeypatch.setattr(train, loss, tripled)
+    assert generator("tripled") == first
 
 
 @pytest.mark.parametrize("weighting", ["alg2", "dreamfusion", "prolificdreamer"])

@@ -1,6 +1,7 @@
 """The losses against closed forms: Gaussians, whose scores, KL and posterior means are known."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -256,6 +257,28 @@ def test_generator_starts_as_the_teachers_last_noise_level():
     z = torch.randn(3, 1, 2, 2)
     expected = mu.a[3] * 80 * z + mu.b[3]
     torch.testing.assert_close(dmd_loss.OneStepGenerator(mu)(z), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lpips_sees_upsampled_unclamped_images(channels):
+    """Bilinear to 224x224 keeps constants and ramps; values beyond 1 pass, with their gradient."""
+    ramp = torch.linspace(-3, 3, 16).expand(2, channels, 16, 16).clone().requires_grad_(True)
+    y = torch.full((2, channels, 16, 16), 0.5, requires_grad=True)
+    seen = []
+
+    def network(a, b):
+        seen.extend((a, b))
+        return (a - b).mean(dim=(1, 2, 3), keepdim=True)
+
+    loss = dmd_loss.regression_loss(ramp, y, partial(dmd_loss.lpips_distance, network))
+    loss.backward()
+    a, b = seen
+    assert a.shape == b.shape == (2, 3, 224, 224) and (b == 0.5).all()
+    # Pixel centres: 224 = 14 * 16, so between the outer centres steps are 1/14 of the ramp's.
+    torch.testing.assert_close(a[..., 8:215].diff(dim=-1), torch.full((2, 3, 224, 206), 0.4 / 14))
+    assert a.min() == -3 and a.max() == 3
+    torch.testing.assert_close(ramp.grad.sum(), torch.tensor(1.0))  # nothing is lost
+    assert (ramp.grad > 0).all() and y.grad is None
 
 
 def test_sd_noise_table():
