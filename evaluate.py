@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from edm_unet import heun_sample
 from edm_weights import fetch
+from fid import frechet_distance, mean_and_covariance
 from pairs import sample_noise
 from rundir import (
     UserError,
@@ -73,28 +74,6 @@ class Config:
 
 # --------------------------------------------------------------------------------------------------
 # The three figures
-
-
-def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
-    """features (N, D) -> mean (D,), covariance (D, D), float64."""
-    features = features.double()
-    return features.mean(0), features.T.cov()
-
-
-def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500).
-
-    The trace of the root of C1 C2 is the sum of the roots of its eigenvalues, which are those of
-    the symmetric C1^(1/2) C2 C1^(1/2).
-
-    Args:
-        means (D,), covariances (D, D), float64.
-    """
-    values, vectors = torch.linalg.eigh(cov_1)
-    root_1 = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    product = torch.linalg.eigvalsh(root_1 @ cov_2 @ root_1)
-    trace = cov_1.trace() + cov_2.trace() - 2 * product.clamp(min=0).sqrt().sum()
-    return float((mean_1 - mean_2).square().sum() + trace)
 
 
 def class_diversity(images: Tensor, labels: Tensor) -> float:

@@ -1,0 +1,324 @@
+"""FID against torch-fidelity's own, statistics against numpy's, and every bad input's message."""
+
+import sys
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import fid
+from rundir import UserError, read_tensors
+
+
+class Projection(nn.Module):
+    """In Inception's place: 2048 random functions of an image's mean colour, float64."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(3, fid.FEATURES, generator=generator).double())
+
+    def forward(self, images):
+        return ((images.double().mean((2, 3)) / 255) @ self.weight,)
+
+
+def write_images(folder, count, seed, size=(32, 32), low=0):
+    """PNG files of noise, half of them in a subfolder -> uint8 (N, 3, H, W) in sorted order."""
+    (folder / "sub").mkdir(parents=True)
+    pixels = np.random.default_rng(seed).integers(low, 256, (count, *size, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        name = f"{i:02d}.png" if i < count // 2 else f"sub/{i:02d}.png"
+        Image.fromarray(image).save(folder / name)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def save_npz(path, **arrays):
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+MU, SIGMA = np.zeros(fid.FEATURES), np.eye(fid.FEATURES)
+
+
+# --------------------------------------------------------------------------------------------------
+# Against torch-fidelity
+
+
+@pytest.fixture(scope="module")
+def random_weights(tmp_path_factory):
+    """A file in the format and size of Inception's: random, scaled so that features survive."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Net
+
+    class Unloaded(Net):
+        def load_state_dict(self, state_dict):
+            assert state_dict == {}
+
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "empty.pth")
+    torch.manual_seed(0)
+    net = Unloaded("random", ["2048"], feature_extractor_weights_path=folder / "empty.pth")
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    torch.save(net.state_dict(), folder / "random.pth")
+    return folder / "random.pth"
+
+
+def test_fid_is_torch_fidelitys(random_weights, tmp_path):
+    """Two folders of PNG files through both, with the same weights: from the files to the FID."""
+    import torch_fidelity
+
+    write_images(tmp_path / "a", 4, seed=1)
+    write_images(tmp_path / "b", 4, seed=2, low=128)
+    expected = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "a"), input2=str(tmp_path / "b"), fid=True, cuda=False, cache=False,
+        feature_extractor_weights_path=str(random_weights), samples_find_deep=True,
+        save_cpu_ram=True, batch_size=4, verbose=False,
+    )["frechet_inception_distance"]  # fmt: skip
+    network = fid.inception(random_weights, "cpu")
+    found = fid.frechet_distance(
+        *fid.read_reference(tmp_path / "a", network, batch_size=3),
+        *fid.read_reference(tmp_path / "b", network, batch_size=3),
+    )
+    assert expected > 1
+    assert found == pytest.approx(expected, rel=1e-6)  # measured: 7e-9
+
+
+def test_other_and_hostile_weights_are_refused(random_weights, tmp_path):
+    """Also what torch-fidelity's own loader would run."""
+
+    class Hostile:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    state = torch.load(random_weights, weights_only=True)
+    del state["fc.bias"]
+    torch.save(state, tmp_path / "other.pth")
+    torch.save({"fc.bias": Hostile()}, tmp_path / "hostile.pth")
+    (tmp_path / "short.pth").write_bytes(random_weights.read_bytes()[:100_000])
+    for name, word in (
+        ("other", "fc.bias"),
+        ("hostile", "exec"),
+        ("short", "damaged"),
+        ("absent", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=word) as raised:
+            fid.inception(tmp_path / f"{name}.pth", "cpu")
+        assert "\n" not in str(raised.value) and f"{name}.pth" in str(raised.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_weights_say_which_and_where(monkeypatch, tmp_path):
+    """Without a network, and with another file in their place."""
+
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    with pytest.raises(UserError) as raised:
+        fid.inception(None, "cpu")
+    message, path = str(raised.value), tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILES[0]
+    assert f"download {fid.INCEPTION_URL} yourself and put it at {path}" in message
+    assert "no route to host" in message
+    assert "\n" not in message and "--teacher" not in message and not path.exists()
+
+    path.with_name(fid.INCEPTION_FILES[1]).write_bytes(b"something else")
+    with pytest.raises(UserError, match="is not the published file"):
+        fid.inception(None, "cpu")
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(UserError, match="pip install torch-fidelity"):
+        fid.inception(None, "cpu")
+
+
+def test_only_rgb_bytes_have_features():
+    with pytest.raises(UserError, match=r"RGB.*1 channel"):
+        fid.inception_features(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), Projection())
+    with pytest.raises(ValueError, match="uint8"):
+        fid.inception_features(torch.zeros(2, 3, 8, 8), Projection())
+    with pytest.raises(ValueError, match="uint8"):
+        fid.inception_features(torch.zeros(3, 8, 8, dtype=torch.uint8), Projection())
+
+
+# --------------------------------------------------------------------------------------------------
+# Statistics and the distance
+
+
+def features_of(count, size=7, seed=0):
+    """Features far from zero, as Inception's are, so that cancellation matters."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(size, size, generator=generator)
+    return 10 + torch.randn(count, size, generator=generator) @ mixing
+
+
+def test_parts_add_up_to_the_statistics_of_numpy():
+    features = features_of(50)
+    whole, halves = fid.FeatureStatistics(size=7), [fid.FeatureStatistics(size=7) for _ in "ab"]
+    for batch in features.split(8):
+        whole.add(batch)
+    halves[0].add(features[:20])
+    halves[1].add(features[20:])
+    halves[0].merge(halves[1])
+    halves[0].all_reduce()  # no process group: nothing happens
+    mean = features.double().mean(0)
+    covariance = torch.from_numpy(np.cov(features.double().numpy(), rowvar=False))
+    for statistics in (whole, halves[0]):
+        assert statistics.count == 50
+        found = statistics.mean_and_covariance()
+        torch.testing.assert_close(found, (mean, covariance), rtol=1e-11, atol=1e-11)
+    found = fid.mean_and_covariance(features)
+    torch.testing.assert_close(found, (mean, covariance), rtol=1e-11, atol=1e-11)
+    with pytest.raises(UserError, match="at least 2 images"):
+        fid.FeatureStatistics(size=7).mean_and_covariance()
+
+
+def rank_of_two(rank, folder, images):
+    """One of two processes: share a folder of images, then note what this rank got."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    mu, sigma = fid.read_reference(images, Projection(), batch_size=2)
+    torch.save((mu, sigma), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_share_a_folder(tmp_path):
+    """5 images on 2 ranks: both get what one process gets."""
+    write_images(tmp_path / "images", 5, seed=3)
+    torch.multiprocessing.spawn(rank_of_two, (tmp_path, tmp_path / "images"), nprocs=2)
+    expected = fid.read_reference(tmp_path / "images", Projection())
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_frechet_distance_against_closed_forms():
+    """Equal: 0. Shifted: the shift squared. Commuting: |m1 - m2|^2 + |std_1 - std_2|^2."""
+    mean, covariance = fid.mean_and_covariance(features_of(50))
+    assert fid.frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-9)
+    found = fid.frechet_distance(mean, covariance, mean + 2, covariance)
+    assert found == pytest.approx(4 * 7)
+    turn, _ = torch.linalg.qr(covariance)
+    s1, s2 = torch.rand(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    found = fid.frechet_distance(mean, turn * s1**2 @ turn.T, mean, turn * s2**2 @ turn.T)
+    assert found == pytest.approx(float((s1 - s2).square().sum()))
+
+
+def test_frechet_distance_against_scipy():
+    """Covariances that do not commute: the root of their product by a Schur decomposition."""
+    linalg = pytest.importorskip("scipy.linalg")
+    (m1, c1), (m2, c2) = (fid.mean_and_covariance(features_of(50, seed=s)) for s in (5, 6))
+    root = linalg.sqrtm((c1 @ c2).numpy())
+    expected = float((m1 - m2).square().sum() + c1.trace() + c2.trace()) - 2 * np.trace(root).real
+    assert fid.frechet_distance(m1, c1, m2, c2) == pytest.approx(expected, rel=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------
+# References
+
+
+def test_references_from_files_and_folder_agree(tmp_path):
+    """A folder's statistics, by way of both kinds of file, are those of the images themselves."""
+    images = write_images(tmp_path / "images", 6, seed=7)
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    mu, sigma = fid.read_reference(tmp_path / "images", Projection(), batch_size=4)
+    features = fid.inception_features(images, Projection())
+    expected = fid.mean_and_covariance(features)
+    torch.testing.assert_close((mu, sigma), expected, rtol=1e-9, atol=1e-9)
+
+    fid.write_statistics(tmp_path / "s.safetensors", mu, sigma, 6, {"dataset": "noise"})
+    assert read_tensors(tmp_path / "s.safetensors")[1] == {"count": "6", "dataset": "noise"}
+    np.savez(tmp_path / "s.npz", mu=mu.numpy(), sigma=sigma.numpy(), other="ignored")
+    for name in ("s.safetensors", "s.npz"):
+        torch.testing.assert_close(fid.read_reference(tmp_path / name), (mu, sigma), rtol=0, atol=0)
+
+
+def upper_half():
+    sigma = np.zeros((fid.FEATURES, fid.FEATURES), np.float32)
+    sigma[0, 1] = 1
+    return sigma
+
+
+@pytest.mark.parametrize(
+    "arrays, word",
+    [
+        (lambda: dict(mu=MU), "no 'sigma'"),
+        (lambda: dict(sigma=SIGMA), "no 'mu'"),
+        (lambda: dict(mu=MU[:5], sigma=SIGMA), r"mu is \(5,\) instead of \(2048,\)"),
+        (lambda: dict(mu=MU, sigma=MU), r"sigma is \(2048,\) instead of"),
+        (lambda: dict(mu=MU * np.nan, sigma=SIGMA), "finite"),
+        (lambda: dict(mu=MU, sigma=SIGMA * np.inf), "finite"),
+        (lambda: dict(mu=MU * 1j, sigma=SIGMA), "real"),
+        (lambda: dict(mu=MU, sigma=upper_half()), "symmetric"),
+        (lambda: dict(mu=np.array(["a"] * 3), sigma=SIGMA), "not an .npz of plain arrays"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value")  # 0 * inf, on purpose
+def test_bad_references(arrays, word, tmp_path):
+    with pytest.raises(UserError, match=word) as raised:
+        fid.read_reference(save_npz(tmp_path / "ref.npz", **arrays()))
+    assert "\n" not in str(raised.value) and "ref.npz" in str(raised.value)
+
+
+def test_damaged_and_hostile_references(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    hostile = np.array([Hostile()] * 3, dtype=object)
+    np.savez(tmp_path / "objects.npz", mu=hostile, sigma=SIGMA[:2])
+    whole = (tmp_path / "objects.npz").read_bytes()
+    np.save(tmp_path / "array.npy", MU)
+    np.save(tmp_path / "object.npy", hostile)
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "page.npz").write_bytes(b"<html>not found</html>")
+    (tmp_path / "short.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "pickle.npz").write_bytes(b"\x80\x04cos\nsystem\n.")
+    (tmp_path / "s.safetensors").write_bytes(b"short")
+    for name in (
+        "objects.npz", "array.npy", "object.npy", "empty.npz", "page.npz", "short.npz",
+        "pickle.npz", "s.safetensors", "absent.npz",
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"not an .npz|not a complete|not exist") as raised:
+            fid.read_reference(tmp_path / name)
+        assert "\n" not in str(raised.value) and name in str(raised.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_statistics_that_could_not_be_read_are_not_written(tmp_path):
+    mu, sigma = torch.from_numpy(MU), torch.from_numpy(SIGMA)
+    with pytest.raises(UserError, match="choose such a name"):
+        fid.write_statistics(tmp_path / "s.npz", mu, sigma, 9)
+    with pytest.raises(UserError, match="finite"):
+        fid.write_statistics(tmp_path / "s.safetensors", mu * torch.nan, sigma, 9)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_folders(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+
+    def fails(word):
+        with pytest.raises(UserError, match=word) as raised:
+            fid.read_reference(folder, Projection())
+        assert "\n" not in str(raised.value)
+
+    fails("holds 0 PNG or JPEG")
+    picture = Image.new("RGB", (8, 8), (1, 2, 3))
+    picture.save(folder / "a.png")
+    fails("holds 1 PNG or JPEG")
+    Image.new("RGB", (8, 9)).save(folder / "b.JPG")
+    fails("b.JPG is 8x9, but .*a.png is 8x8")
+    picture.convert("L").save(folder / "b.JPG")
+    fails("b.JPG is not an RGB image .*L")
+    (folder / "b.JPG").write_bytes((folder / "a.png").read_bytes()[:40])
+    fails("b.JPG cannot be read")
+    picture.save(folder / "b.JPG")
+    assert fid.folder_statistics(folder, Projection()).count == 2
+    with pytest.raises(ValueError, match="need the network"):
+        fid.read_reference(folder)
