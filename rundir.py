@@ -184,8 +184,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
-def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
+def load_strictly(
+    module: torch.nn.Module, tensors: dict[str, Tensor], path: Path | str, assign: bool = False
+) -> None:
     """Copy tensors into a module's parameters and buffers; every difference is an error.
+
+    Args:
+        path: where the tensors are from, for the message.
+        assign: make the tensors themselves the parameters, without a copy.
 
     Raises:
         UserError: missing, surplus or misshapen tensors, with the first few names.
@@ -208,7 +214,7 @@ def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], path: Pat
             if names
         ]
         raise UserError(f"{path} holds another architecture: {'; '.join(parts)}")
-    module.load_state_dict(tensors, strict=True)
+    module.load_state_dict(tensors, strict=True, assign=assign)
 
 
 # --------------------------------------------------------------------------------------------------

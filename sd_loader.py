@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rundir import UserError, read_json, read_tensors
+from rundir import UserError, load_strictly, read_json, read_tensors
 
 T = 1000  # number of discrete noise levels, t = 0 .. 999, larger is noisier
 
@@ -932,7 +932,7 @@ def load_network(
         raise UserError(f"{config_file or weights_file}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(f"{config_file or weights_file} describes no network ({e!r})") from None
-    assign_strictly(net, read_weights(weights_file, network, dtype), weights_file)
+    load_strictly(net, read_weights(weights_file, network, dtype), weights_file, assign=True)
     return net.eval()
 
 
@@ -962,33 +962,6 @@ def read_weights(path: Path, network: type, dtype: torch.dtype) -> dict[str, Ten
                 tensor = tensor[:, :, 0, 0]  # some converters keep a linear map as a 1x1 conv
             tensors[new_name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return tensors
-
-
-def assign_strictly(net: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Make the tensors the parameters of `net`, without a copy; every difference is an error.
-
-    Raises:
-        UserError: missing, surplus or misshapen tensors, by name.
-    """
-    expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    problems = {
-        "missing": [name for name in expected if name not in found],
-        "surplus": [name for name in found if name not in expected],
-        "misshapen": [
-            f"{name} {found[name]} instead of {shape}"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ],
-    }
-    if any(problems.values()):
-        parts = [
-            f"{len(names)} {kind} ({', '.join(names[:20])}{', ...' if len(names) > 20 else ''})"
-            for kind, names in problems.items()
-            if names
-        ]
-        raise UserError(f"{path} holds another architecture: {'; '.join(parts)}")
-    net.load_state_dict(tensors, strict=True, assign=True)
 
 
 def check_schedule(source: str | Path) -> None:

@@ -237,13 +237,11 @@ def main(config: Config) -> None:
         log.add(step, loss_kl, loss_reg, loss_denoise, info["grad_norm"], norm_G, norm_fake)
         if interrupted or step + 1 == config.steps or (step + 1) % config.save_every == 0:
             save_run(out, run, step + 1, log, config, teacher)
-            draw_samples(
-                out / f"samples_{step + 1:06d}.png", G_ema, z_ref, y_ref, cond_ref, z, cond
-            )
+            picture = out / f"samples_{step + 1:06d}.png"
+            draw_samples(picture, G_ema, z_ref, y_ref, cond_ref, z, cond)
             draw_curves(out / "curves.png", log.rows)
         if interrupted and step + 1 < config.steps:
-            print(f"interrupted and saved after step {step + 1}; go on with: {command_line()}")
-            sys.exit(130 if signal.SIGINT in interrupted else 0)
+            leave(interrupted, step + 1)
     print(f"wrote {out / 'generator.safetensors'}; look at it with: python sample.py")
 
 
@@ -448,9 +446,11 @@ def catch_signals() -> list[int]:
     return received
 
 
-def command_line() -> str:
-    """The command that started this process."""
-    return "python " + shlex.join(sys.argv)
+def leave(received: list[int], step: int) -> None:
+    """Say how to go on, and exit: 130 after Ctrl-C, 0 after SIGTERM (a cluster's pre-emption)."""
+    command = shlex.join(["python", *sys.argv])
+    print(f"interrupted and saved after step {step}; go on with: {command}")
+    sys.exit(130 if signal.SIGINT in received else 0)
 
 
 if __name__ == "__main__":
