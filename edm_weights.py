@@ -629,7 +629,7 @@ def load_edm(path: str | Path) -> EDMPrecond:
 # --------------------------------------------------------------------------------------------------
 # Downloads
 
-BY_HAND = "download it yourself and give its path with --teacher"
+BY_HAND = "download it yourself and give its path instead"
 
 
 def fetch(source: str, cache: Path | None = None) -> Path:

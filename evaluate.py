@@ -137,6 +137,7 @@ def train_classifier(config: Config, epochs: int = 8, batch_size: int = 128) -> 
     """Train on MNIST's training set, then write the weights and the test set's statistics."""
     device = pick_device(config.device)
     images, labels = load_mnist(config.data, train=True)
+    test_images, test_labels = load_mnist(config.data, train=False)
     torch.manual_seed(0)
     classifier = MNISTClassifier().to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
@@ -160,13 +161,12 @@ def train_classifier(config: Config, epochs: int = 8, batch_size: int = 128) -> 
     tensors = {name: value.half() for name, value in classifier.state_dict().items()}
     write_tensors(CLASSIFIER, tensors, {"dataset": "mnist"})
     classifier = load_classifier(device)
-    images, labels = load_mnist(config.data, train=False)
-    features, predictions = classify(classifier, images, device)
+    features, predictions = classify(classifier, test_images, device)
     mean, covariance = mean_and_covariance(features)
-    diversity = torch.tensor(class_diversity(images, labels), dtype=torch.float64)
+    diversity = torch.tensor(class_diversity(test_images, test_labels), dtype=torch.float64)
     statistics = {"mean": mean, "covariance": covariance, "diversity": diversity}
     write_tensors(STATISTICS, statistics, {"dataset": "mnist test set"})
-    accuracy = (predictions == labels).double().mean()
+    accuracy = (predictions == test_labels).double().mean()
     print(f"wrote {CLASSIFIER} and {STATISTICS}: test accuracy {accuracy:.2%}")
 
 

@@ -20,6 +20,7 @@ from edm_unet import heun_sample
 from pairs import num_shards, sample_noise, shard_path, shard_range
 from rundir import (
     UserError,
+    holds_files,
     option,
     pick_device,
     read_json,
@@ -52,15 +53,17 @@ def describe(config: Config, teacher: dict[str, str]) -> dict:
         "dataset": config.dataset,
         "teacher": teacher,
         "solver": workload.solver,
-        "steps": config.steps or workload.solver_steps,
+        "steps": workload.solver_steps if config.steps is None else config.steps,
         "guidance": workload.guidance,
         "seed": config.seed,
-        "num_pairs": config.num_pairs or workload.num_pairs,
+        "num_pairs": workload.num_pairs if config.num_pairs is None else config.num_pairs,
         "shard_size": config.shard_size,
     }
     for name in ("steps", "num_pairs", "shard_size"):
         if meta[name] < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {meta[name]}")
+    if config.seed < 0:
+        raise UserError(f"--seed must be at least 0, not {config.seed}")
     if config.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {config.batch_size}")
     return meta
@@ -83,7 +86,7 @@ def main(config: Config) -> None:
                 f"{out} holds pairs made with another {', '.join(changed)}; "
                 "choose another --out or delete the folder"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif holds_files(out):
         raise UserError(f"{out} holds other files; choose another --out")
     write_json(out / "meta.json", meta)
 

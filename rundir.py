@@ -76,13 +76,17 @@ def run_script(main: Callable, config_class: type, doc: str) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" -> the GPU if there is one, else the CPU; "cpu", "cuda", "cuda:1", "mps" as given."""
+    """ "auto" -> the GPU if there is one, else the CPU; "cpu", "cuda", "cuda:1", ... as given.
+
+    Raises:
+        UserError: no such device, or one without the solver's float64 (Apple's mps).
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device, dtype=torch.float64)
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {name!r} cannot be used ({reason}); try --device cpu") from None
     return device
@@ -122,10 +126,26 @@ def current_umask() -> int:
     return umask
 
 
+def holds_files(folder: Path) -> bool:
+    """Whether there is anything at `folder` beside hidden files, which a killed write leaves."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(not path.name.startswith(".") for path in folder.iterdir())
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a whole file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def write_torch(path: Path, value) -> None:
+    """Write with torch.save, atomically; it reports a full disk as a RuntimeError."""
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:
+            raise OSError(str(error).splitlines()[0]) from error
 
 
 def write_json(path: Path, value) -> None:
@@ -137,14 +157,19 @@ def read_json(path: Path) -> dict:
     """Read a JSON file.
 
     Raises:
-        UserError: missing or not JSON.
+        UserError: missing, not JSON, or not an object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); delete it and rerun") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); delete it and rerun") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not what this project writes; delete it and rerun")
+    return value
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

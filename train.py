@@ -42,8 +42,8 @@ from dmd_loss import (
 from pairs import Pairs
 from rundir import (
     UserError,
-    atomic_path,
     generator_for,
+    holds_files,
     option,
     pick_device,
     read_json,
@@ -53,6 +53,7 @@ from rundir import (
     write_csv,
     write_json,
     write_tensors,
+    write_torch,
 )
 from workloads import WORKLOADS, get_workload, load_teacher
 
@@ -93,7 +94,8 @@ class Config:
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's, for LPIPS
 
-# Options that may differ when a run is resumed: none of them changes its result.
+# Options that may differ when a run is resumed: none of them changes its result. (Where the pairs
+# lie may change; how they were made may not.)
 FREE_OPTIONS = ("device", "pairs", "out", "log_every", "save_every")
 
 
@@ -108,7 +110,7 @@ def resolve(config: Config) -> Config:
     config.out = config.out or f"runs/{config.dataset}"
     smallest = {"steps": 1, "batch_size": 1, "batch_size_ref": 1, "log_every": 1, "save_every": 1}
     smallest |= {"warmup": 0, "learning_rate": 0, "lambda_reg": 0, "grad_clip": 0, "ema": 0}
-    smallest |= {"fake_lr_ratio": 0, "lambda_dm": 0, "lambda_reg_decay": 1e-6}
+    smallest |= {"seed": 0, "fake_lr_ratio": 0, "lambda_dm": 0, "lambda_reg_decay": 1e-6}
     for name, bound in smallest.items():
         if not getattr(config, name) >= bound:
             name, value = name.replace("_", "-"), getattr(config, name)
@@ -133,7 +135,7 @@ def choose_distance(config: Config, device: torch.device) -> Callable:
     except ImportError:
         raise UserError("LPIPS is a package: pip install lpips, or use --distance l2") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(
             f"LPIPS needs VGG-16's weights ({reason}): put {VGG_URL} into "
             f"{torch.hub.get_dir()}/checkpoints, or use --distance l2"
@@ -191,7 +193,7 @@ def main(config: Config) -> None:
     mu_real, teacher = load_teacher(config.dataset, config.teacher)
     pairs = Pairs(Path(config.pairs), config.dataset, teacher)
     distance = choose_distance(config, device)
-    claim_folder(out, config, teacher)
+    claim_folder(out, config, teacher, pairs)
 
     # 0. G and mu_fake start as the teacher. All run in eval mode: no dropout anywhere.
     mu_real = mu_real.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -293,19 +295,20 @@ SCALARS = ["loss_kl", "loss_reg", "loss_denoise", "dm_grad", "grad_norm_G", "gra
 SHOWN = [*SCALARS[:3], *SCALARS[4:], "images_per_s"]
 
 
-def claim_folder(out: Path, config: Config, teacher: dict[str, str]) -> None:
+def claim_folder(out: Path, config: Config, teacher: dict[str, str], pairs: Pairs) -> None:
     """Write config.json, or check that the folder holds this very run.
 
     Raises:
         UserError: the folder holds something else, which is left alone.
     """
     settings = {k: v for k, v in asdict(config).items() if k not in FREE_OPTIONS}
-    settings["teacher"] = teacher
+    settings["teacher"], settings["made_pairs"] = teacher, pairs.meta
     if not (out / "config.json").exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if holds_files(out):
             raise UserError(f"{out} holds other files; choose another --out")
-        write_json(out / "config.json", settings)
-        return
+        return write_json(out / "config.json", settings)
+    if not (out / "checkpoint.pt").exists():  # the run never saved: it may start otherwise
+        return write_json(out / "config.json", settings)
     found = read_json(out / "config.json")
     names = sorted(settings.keys() | found.keys())
     changed = [name for name in names if settings.get(name) != found.get(name)]
@@ -330,13 +333,15 @@ def load_checkpoint(out: Path, run: dict, device: torch.device) -> tuple[int, li
     if not path.exists():
         return 0, []
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in run.items():
             part.load_state_dict(state[name])
         with open(out / "log.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
+    except (OSError, torch.OutOfMemoryError) as error:
+        raise UserError(f"{path} cannot be loaded now ({error}); it was left as it is") from None
     except Exception as error:  # torch.load and load_state_dict raise a dozen types
-        reason = str(error).splitlines()[0][:200]
+        reason = (str(error) or repr(error)).splitlines()[0][:200]
         raise UserError(
             f"{path} cannot be resumed ({reason}); delete {out} to start over"
         ) from None
@@ -344,12 +349,9 @@ def load_checkpoint(out: Path, run: dict, device: torch.device) -> tuple[int, li
 
 
 def save_run(out: Path, run: dict, step: int, log: "Log", config: Config, teacher) -> None:
-    """Write log.csv, checkpoint.pt and generator.safetensors, each atomically."""
+    """Write log.csv, generator.safetensors and checkpoint.pt, each atomically."""
     log.flush()  # raises on NaN, before anything is overwritten
     write_csv(out / "log.csv", log.rows)
-    with atomic_path(out / "checkpoint.pt") as temporary:
-        state = {name: part.state_dict() for name, part in run.items()}
-        torch.save(state | {"step": step}, temporary)
     net = run["G_ema"].mu.net
     metadata = {
         "role": "generator",
@@ -359,6 +361,9 @@ def save_run(out: Path, run: dict, step: int, log: "Log", config: Config, teache
         "step": str(step),
     }
     write_tensors(out / "generator.safetensors", net.state_dict(), metadata)
+    # Last: what is not in the checkpoint is written again by whoever goes on from it.
+    state = {name: part.state_dict() for name, part in run.items()}
+    write_torch(out / "checkpoint.pt", state | {"step": step})
 
 
 class Log:

@@ -28,7 +28,6 @@ from edm_unet import EDMPrecond, heun_sample
 from edm_weights import load_edm
 from rundir import (
     UserError,
-    atomic_path,
     generator_for,
     option,
     pick_device,
@@ -36,6 +35,7 @@ from rundir import (
     save_grid,
     write_csv,
     write_tensors,
+    write_torch,
 )
 from workloads import MNIST_TEACHER_KWARGS, load_mnist
 
@@ -151,9 +151,9 @@ def main(config: Config) -> None:
         progress.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             write_csv(out / "log.csv", log)
-            with atomic_path(out / "checkpoint.pt") as temporary:
-                state = {name: part.state_dict() for name, part in run.items()}
-                torch.save(state | {"config": asdict(config), "step": step + 1}, temporary)
+            state = {name: part.state_dict() for name, part in run.items()}
+            state |= {"config": asdict(config), "step": step + 1}
+            write_torch(out / "checkpoint.pt", state)
             z = torch.randn(40, 1, 28, 28, generator=generator_for(0)).to(device)
             digits = heun_sample(ema, z, torch.arange(10, device=device).repeat(4))
             save_grid(out / f"samples_{step + 1:06d}.png", digits, columns=10, scale=2)

@@ -301,9 +301,33 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(pairs, tmp_path, monkeypatch
 def test_damaged_checkpoint(finished_run, pairs, tmp_path):
     out = shutil.copytree(finished_run, tmp_path / "run")
     data = (out / "checkpoint.pt").read_bytes()
-    (out / "checkpoint.pt").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="cannot be resumed"):
-        train.main(tiny_config(pairs, out, steps=2))
+    for size in (len(data) // 2, 0):
+        (out / "checkpoint.pt").write_bytes(data[:size])
+        with pytest.raises(UserError, match="cannot be resumed"):
+            train.main(tiny_config(pairs, out, steps=2))
+
+
+def test_a_run_that_never_saved_may_be_started_otherwise(pairs, tmp_path, monkeypatch):
+    """A full disk at the first save (as torch.save tells it): one line, and no claim is left."""
+
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match=r"cannot write .*checkpoint.pt: .*enforce fail"):
+            train.main(tiny_config(pairs, tmp_path / "run", steps=1))
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+    train.main(tiny_config(pairs, tmp_path / "run", steps=1, lambda_reg=0.3))
+    assert json.loads((tmp_path / "run/config.json").read_text())["lambda_reg"] == 0.3
+
+
+def test_other_pairs_are_another_run(finished_run, pairs, tmp_path):
+    other = shutil.copytree(pairs, tmp_path / "pairs")
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"seed": 5}))
+    with pytest.raises(UserError, match="another made_pairs"):
+        train.main(tiny_config(other, finished_run, steps=2))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +375,7 @@ def test_pairs_that_cannot_be_used(pairs, tmp_path):
             start(folder)
 
     (folder / "meta.json").write_text('{"dataset": "mn')
-    with pytest.raises(UserError, match="cannot be read as JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         start(folder)
     assert not (tmp_path / "run").exists()
 

@@ -235,9 +235,15 @@ def test_noise_levels_are_drawn_from_the_papers_ranges():
 
 def test_losses_are_float32_for_half_precision_networks():
     mu = GaussianDenoiser(0.3, 0.5, TABLES["sd"], torch.float32)
+
+    def half(*arguments):  # a network under autocast
+        return mu(*arguments).bfloat16()
+
+    half.alpha, half.sigma = mu.alpha, mu.sigma
     x = torch.randn(4, 1, 2, 2, dtype=torch.bfloat16)
-    assert dmd_loss.distribution_matching_loss(mu, mu, x, None)[0].dtype == torch.float32
-    assert dmd_loss.denoising_loss(mu, x, None).dtype == torch.float32
+    loss, info = dmd_loss.distribution_matching_loss(half, half, x, None)
+    assert loss.dtype == info["grad"].dtype == torch.float32
+    assert dmd_loss.denoising_loss(half, x, None).dtype == torch.float32
     assert dmd_loss.regression_loss(x, x, dmd_loss.l2_distance).dtype == torch.float32
     assert mu.calls[0][0].dtype == torch.float32  # x_t: small sigmas would vanish in bfloat16
 

@@ -824,10 +824,10 @@ def fails(url: str, cache: Path, *words: str):
 
 
 def test_downloads_that_fail(server, tmp_path, monkeypatch):
-    fails(f"{server}/absent/weights.pkl", tmp_path, "404", "--teacher")
-    fails(f"{server}/page/weights.pkl", tmp_path, "web page", "--teacher")
+    fails(f"{server}/absent/weights.pkl", tmp_path, "404", "give its path instead")
+    fails(f"{server}/page/weights.pkl", tmp_path, "web page", "give its path instead")
     fails(f"{server}/short/weights.pkl", tmp_path, "broke off at byte 1279000", "rerun to resume")
-    fails("http://127.0.0.1:9/weights.pkl", tmp_path, "cannot be reached", "--teacher")
+    fails("http://127.0.0.1:9/weights.pkl", tmp_path, "cannot be reached", "give its path instead")
     fails("https://no.such.host.invalid/weights.pkl", tmp_path, "cannot be reached")
     fails("https://[broken/weights.pkl", tmp_path)
     fails(f"{server}/", tmp_path, "names no file")
@@ -871,7 +871,7 @@ def test_hugging_face(tmp_path, monkeypatch):
             raise error
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
-        fails("hf://owner/repo/file.bin", tmp_path, "no network", "--teacher")
+        fails("hf://owner/repo/file.bin", tmp_path, "no network", "give its path instead")
     fails("hf://owner/repo", tmp_path, "hf://owner/repo/file")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     fails("hf://owner/repo/file.bin", tmp_path, "pip install huggingface_hub")
