@@ -1,6 +1,6 @@
 """Measure the one-step generator against its teacher.
 
-    python evaluate.py                                 MNIST: about 7 minutes on 2 CPU cores
+    python evaluate.py                                 MNIST: about 9 minutes on 2 CPU cores
     python evaluate.py --rows student                  without the slow teacher: under a minute
     python evaluate.py --train-classifier              remake the classifier and the statistics
 

@@ -7,7 +7,7 @@ enough for a laptop: a class-conditional DDPM++ of 0.94 M parameters on 28x28 di
 Karras et al. 2022 (arXiv 2206.00364): log-normal noise levels, weight lambda(sigma), and a moving
 average of the weights, which is what is kept.
 
-Device: CPU (about 40 minutes on 2 cores) or a GPU. MNIST (12 MB) comes through torchvision.
+Device: CPU (about 45 minutes on 2 cores) or a GPU. MNIST (12 MB) comes through torchvision.
 Interrupt it at any time; the same command goes on. The last line it prints:
 
     wrote runs/mnist-teacher/teacher.safetensors (loss 0.1234)
