@@ -126,9 +126,9 @@ def distribution_matching_loss(
     x: Tensor,
     cond: Tensor | None,
     *,
+    t: Tensor,
+    noise: Tensor,
     weighting: str = "eq8",
-    max_step: float = 0.98,
-    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Algorithm 2: a surrogate whose gradient w.r.t. x is Eq. 7's, divided by B C H W.
 
@@ -139,22 +139,21 @@ def distribution_matching_loss(
         mu_real, mu_fake: the two denoisers; neither receives a gradient.
         x: generated samples (B, C, H, W), attached to the generator's graph.
         cond: the condition of both denoisers, or None.
-        max_step: t ~ U(0.02 T, max_step T); Table 5 lowers it for one run.
-        generator: of the random t and noise (drawn on its own device).
+        t: noise levels (B,) long, of dm_noise_levels.
+        noise: N(0, I) in x's shape.
+        weighting: see gradient_weight.
 
     Returns:
-        loss (scalar float32), info: {"t" (B,), "grad" (B, C, H, W), "grad_norm" scalar}.
+        loss (scalar float32), info: {"grad" (B, C, H, W)}.
     """
     with torch.no_grad():
-        T = len(mu_real.sigma)
-        t = random_t(len(x), round(0.02 * T), round(max_step * T), x.device, generator)
         alpha_t, sigma_t = at(mu_real.alpha, t), at(mu_real.sigma, t)
         x_0 = x.float()
-        x_t = forward_diffusion(x_0, normal_like(x_0, generator), alpha_t, sigma_t)
+        x_t = forward_diffusion(x_0, noise, alpha_t, sigma_t)
         p_real, p_fake = mu_real(x_t, t, cond).float(), mu_fake(x_t, t, cond).float()
         grad = dm_gradient(x_0, x_t, p_real, p_fake, alpha_t, sigma_t, weighting)
     loss = 0.5 * F.mse_loss(x.float(), (x_0 - grad).detach(), reduction="mean")
-    return loss, {"t": t, "grad": grad, "grad_norm": grad.square().mean().sqrt()}
+    return loss, {"grad": grad}
 
 
 def denoising_loss(
@@ -162,8 +161,9 @@ def denoising_loss(
     x: Tensor,
     cond: Tensor | None,
     *,
+    t: Tensor,
+    noise: Tensor,
     sigma_data: float | None = 0.5,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Algorithm 3 and Eq. 6: mu_fake learns to denoise generated samples, at all noise levels.
 
@@ -171,17 +171,17 @@ def denoising_loss(
         mu_fake: the denoiser to train.
         x: generated samples (B, C, H, W); no gradient flows back into them.
         cond: their condition, or None.
+        t: noise levels (B,) long, of all_noise_levels.
+        noise: N(0, I) in x's shape.
         sigma_data: the weight is SNR + 1 / sigma_data^2, EDM's own (0.5); None leaves the SNR
             alone, alpha_t^2 / sigma_t^2, which is plain mean-squared error of the noise (SD v1.5).
-        generator: of the random t and noise (drawn on its own device).
 
     Returns:
         loss, scalar float32.
     """
     x = x.detach().float()
-    t = random_t(len(x), 0, len(mu_fake.sigma), x.device, generator)
     alpha_t, sigma_t = at(mu_fake.alpha, t), at(mu_fake.sigma, t)
-    x_t = forward_diffusion(x, normal_like(x, generator), alpha_t, sigma_t)
+    x_t = forward_diffusion(x, noise, alpha_t, sigma_t)
     snr = (alpha_t / sigma_t) ** 2
     weight = snr if sigma_data is None else snr + 1 / sigma_data**2
     return (weight * (mu_fake(x_t, t, cond).float() - x) ** 2).mean()
@@ -207,7 +207,7 @@ def l2_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> Tensor:
-    """Section 3.3's distance, on images upsampled bilinearly to the size that VGG was trained on.
+    """Section 3.3's distance; small images are upsampled bilinearly to VGG's training size.
 
     Args:
         network: LPIPS (Zhang et al. 2018, arXiv 1801.03924), frozen, for RGB images in [-1, 1].
@@ -217,31 +217,35 @@ def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> 
     Returns:
         (B, 1, 1, 1).
     """
-    x, y = (
-        F.interpolate(image.expand(-1, 3, -1, -1), (size, size), mode="bilinear")
-        for image in (x, y)
-    )
+    x, y = (image.expand(-1, 3, -1, -1) for image in (x, y))
+    if max(x.shape[2:]) < size:  # not Stable Diffusion's 512x512
+        x, y = (F.interpolate(image, (size, size), mode="bilinear") for image in (x, y))
     return network(x, y)
 
 
 # --------------------------------------------------------------------------------------------------
-# Noise levels and noise
+# Noise levels
+
+
+def dm_noise_levels(u: Tensor, T: int, max_step: int | None = None) -> Tensor:
+    """t ~ U(T_min, T_max) of Eq. 7, T_min = 0.02 T, T_max = 0.98 T, the upper end excluded.
+
+    Args:
+        u: numbers uniform in [0, 1), (B,).
+        max_step: another T_max (Table 5 lowers it during one run).
+
+    Returns:
+        (B,) long.
+    """
+    t_min, t_max = round(0.02 * T), round(0.98 * T) if max_step is None else max_step
+    return t_min + (u * (t_max - t_min)).long()
+
+
+def all_noise_levels(u: Tensor, T: int) -> Tensor:
+    """t ~ U(0, 1) of Algorithm 1, line 8: any of the T levels, (B,) long; u as above."""
+    return (u * T).long()
 
 
 def at(table: Tensor, t: Tensor) -> Tensor:
     """table (T,), t (B,) -> table[t] as (B, 1, 1, 1)."""
     return table[t].reshape(-1, 1, 1, 1)
-
-
-def random_t(
-    batch: int, low: int, high: int, device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """One noise level per sample, uniform in low .. high-1, (B,) long."""
-    where = device if generator is None else generator.device
-    return torch.randint(low, high, (batch,), device=where, generator=generator).to(device)
-
-
-def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """N(0, I) in the shape of x."""
-    where = x.device if generator is None else generator.device
-    return torch.randn(x.shape, device=where, generator=generator).to(x.device)

@@ -27,6 +27,7 @@ import os
 import pickle
 import pickletools
 import re
+import reprlib
 import struct
 import urllib.error
 import urllib.request
@@ -117,8 +118,6 @@ OPCODES = {
     "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD",
 }  # fmt: skip
 MAX_OPCODES = 1_000_000  # ImageNet-64: 47,000
-# Python hashes nested tuples recursively and unguarded: a million levels crash it.
-MAX_TUPLES = 50_000  # ImageNet-64: 3,700
 MAX_MODULES = 10_000
 
 
@@ -129,23 +128,49 @@ def check_instructions(file: io.BufferedIOBase, allowed: set[str]) -> None:
         UserError: an instruction that no file of weights needs, or too many of them.
         ValueError: not a pickle, or a truncated one.
     """
-    tuples = 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        tuples += opcode.name.startswith("TUPLE")
         if opcode.name not in allowed:
             raise UserError(f"it holds the pickle instruction {opcode.name}; no EDM file does")
         # The interpreter allocates its table of memos up to the largest number it meets.
         memo = argument if opcode.name.endswith("BINPUT") else 0
-        if max(count, memo) > MAX_OPCODES or tuples > MAX_TUPLES:
+        if max(count, memo) > MAX_OPCODES:
             raise UserError("it is a pickle of more instructions than any EDM file has")
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Resolves the names that a pickle calls from a table of ours, and from nowhere else."""
+class SafeUnpickler(pickle._Unpickler):  # the one written in Python, whose steps can be checked
+    """Resolves the names that a pickle calls from a table of ours, and from nowhere else.
+
+    Keys of dicts and members of sets must be plain: Python hashes a tuple of tuples by visiting
+    all it contains, for ever if each contains the one before twice, and crashes a million deep.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file: io.BufferedIOBase, names: dict[tuple[str, str], Any]):
         super().__init__(file)
         self.names = names
+
+    def load_setitem(self) -> None:
+        self.check_plain(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self.check_plain(self.stack[::2])
+        super().load_setitems()
+
+    def load_additems(self) -> None:
+        self.check_plain(self.stack)
+        super().load_additems()
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+
+    @staticmethod
+    def check_plain(keys: list) -> None:
+        """Raise UserError unless all keys are strings or numbers."""
+        if not all(isinstance(key, str | int | float | None) for key in keys):
+            raise UserError("it has a dict or set of something else than names and numbers")
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.names:
@@ -293,8 +318,14 @@ def stand_ins() -> dict[tuple[str, str], Any]:
     def persistent(meta: dict) -> Pickled:
         # meta["module_src"] is the source of the class. It is dropped.
         kept = Pickled()
-        kept.class_name, kept.state = str(meta["class_name"]), meta["state"]
+        kept.class_name, kept.state = meta["class_name"], meta["state"]
+        if not isinstance(kept.class_name, str):
+            raise UserError("it has a class whose name is no text")
         return kept
+
+    def plain_set(members: list = ()) -> set:
+        SafeUnpickler.check_plain(members)
+        return set(members)
 
     def scalar(dtype: Float64, data: bytes) -> float:
         return struct.unpack("<d", data)[0]
@@ -313,10 +344,10 @@ def stand_ins() -> dict[tuple[str, str], Any]:
         ("numpy.core.multiarray", "scalar"): scalar,
         ("numpy._core.multiarray", "scalar"): scalar,
         ("numpy", "dtype"): type("dtype", (Float64,), {}),
-        ("collections", "OrderedDict"): dict,
-        ("dnnlib.util", "EasyDict"): dict,
-        ("builtins", "set"): set,
-        ("__builtin__", "set"): set,
+        ("collections", "OrderedDict"): lambda: {},
+        ("dnnlib.util", "EasyDict"): type("EasyDict", (dict,), {"__init__": lambda self: None}),
+        ("builtins", "set"): plain_set,
+        ("__builtin__", "set"): plain_set,
         ("_codecs", "encode"): encode,
     }
 
@@ -379,7 +410,8 @@ def recorded_arguments(state: dict[str, Any]) -> dict[str, Any]:
             or (isinstance(part, str) and len(part) < 40)
             for part in parts
         ):
-            raise UserError(f"it records the argument {name} = {one_line(value, 60)}")
+            shown = one_line(reprlib.repr(value), 60)  # str() of what is shared has no bounds
+            raise UserError(f"it records the argument {name} = {shown}")
     return kwargs
 
 

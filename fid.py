@@ -1,5 +1,6 @@
 """The Frechet Inception Distance as EDM measures it, in pieces that evaluate.py puts together.
 
+    seeded_inputs                   noise and class labels of the images with given seeds
     inception, inception_features   uint8 RGB images -> 2048 features of TensorFlow's Inception-2015
     FeatureStatistics               their mean and covariance, batch by batch, over all ranks
     read_reference                  mean and covariance of real images: a file, or a folder
@@ -25,7 +26,7 @@ import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,34 @@ EDM_REFERENCES = {  # of the images that EDM's networks were trained with
     "imagenet64": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/imagenet-64x64.npz",
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+# --------------------------------------------------------------------------------------------------
+# Seeds
+
+
+def seeded_inputs(
+    seeds: Sequence[int], shape: tuple[int, ...], num_classes: int, device: torch.device | str
+) -> tuple[Tensor, Tensor | None]:
+    """What EDM's generate.py draws for the images with these seeds, on the device that samples.
+
+    An image's numbers come from a generator of its own, so the others do not matter. A CPU and a
+    GPU draw different ones.
+
+    Args:
+        shape: of one image, (C, H, W).
+        num_classes: 0 for an unconditional network.
+
+    Returns:
+        z (B, C, H, W) ~ N(0, I) and labels (B,) long, or None.
+    """
+    noises, labels = [], []
+    for seed in seeds:
+        generator = torch.Generator(device).manual_seed(seed % 2**32)
+        noises.append(torch.randn(shape, generator=generator, device=device))
+        if num_classes:
+            labels.append(torch.randint(num_classes, (), generator=generator, device=device))
+    return torch.stack(noises), torch.stack(labels) if num_classes else None
+
 
 # --------------------------------------------------------------------------------------------------
 # Features
@@ -151,8 +180,6 @@ class FeatureStatistics:
     """
 
     def __init__(self, device: torch.device | str = "cpu", size: int = FEATURES):
-        if torch.device(device).type == "mps":  # which has no float64
-            device = "cpu"
         self.count = 0
         self.sum = torch.zeros(size, dtype=torch.float64, device=device)
         self.outer = torch.zeros(size, size, dtype=torch.float64, device=device)

@@ -4,9 +4,11 @@ A folder holds `meta.json` (dataset, teacher, solver, ... : how the pairs were m
 `shard_00000.safetensors`, ... of `shard_size` pairs each, every one with
 
     z (N, C, H, W) float32      unit-variance noise
-    y (N, C, H, W) float32      the teacher's ODE solution for it
-    cond (N,) int64             class labels, absent for an unconditional teacher
+    y (N, C, H, W)              the teacher's ODE solution for it
+    cond (N,) int64             class labels, only of a class-conditional teacher
     index (N,) int64            k of each pair; z is drawn from (seed, k) alone
+
+and, of a text-conditional teacher, the N prompts in its metadata.
 """
 
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rundir import UserError, generator_for, read_json
+from rundir import UserError, generator_for, read_json, read_metadata
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -45,33 +47,47 @@ def sample_noise(seed: int, indices, shape: tuple[int, ...]) -> Tensor:
 class Pairs:
     """The data set D of Eq. 9, read from disk as needed.
 
+    Attributes:
+        meta: meta.json.
+        prompts: of all pairs, for a text-conditional teacher, else empty.
+
     Args:
         folder: as written by make_pairs.py.
-        dataset, teacher: what the pairs must have been made for: a workload, {"name", "sha256"}.
+        dataset: the workload that the pairs must have been made for.
 
     Raises:
         UserError: missing, incomplete or damaged pairs, or pairs made for something else.
     """
 
-    def __init__(self, folder: Path, dataset: str, teacher: dict[str, str]):
+    def __init__(self, folder: Path, dataset: str):
         remedy = f"run: python make_pairs.py --dataset {dataset} --out {folder}"
         if not (folder / "meta.json").exists():
             raise UserError(f"no pairs in {folder}; {remedy}")
         self.folder, self.meta = folder, read_json(folder / "meta.json")
         try:
-            made_for = self.meta["dataset"], self.meta["teacher"]["sha256"]
-            shards = range(num_shards(self.meta))
+            made_for, _ = self.meta["dataset"], self.meta["teacher"]["sha256"]
+            _, shards = self.meta["guidance"], range(num_shards(self.meta))
         except (KeyError, TypeError, ZeroDivisionError):
             raise UserError(f"{folder}/meta.json is not one of make_pairs.py's; {remedy}") from None
-        if made_for != (dataset, teacher["sha256"]):
+        if made_for != dataset:
             raise UserError(
-                f"the pairs in {folder} were made for {made_for[0]} with another teacher or "
-                f"dataset than {dataset} and {teacher['name']}; choose another --pairs folder"
+                f"the pairs in {folder} are of {made_for}, not of {dataset}; choose another --pairs"
             )
         missing = [s for s in shards if not shard_path(folder, s).exists()]
         if missing:
             raise UserError(f"{len(missing)} of {len(shards)} shards miss in {folder}; {remedy}")
         self.shards = [self._open(s) for s in shards]
+        self.prompts = [p for file in self.shards for p in read_metadata(file).get("prompts", [])]
+        if len(self.prompts) not in (0, len(self)):
+            raise UserError(f"{folder} has prompts of some pairs alone; delete it and {remedy}")
+
+    def check_teacher(self, teacher: dict[str, str]) -> None:
+        """Raise UserError unless the pairs were made by this teacher, {"name", "sha256"}."""
+        if self.meta["teacher"]["sha256"] != teacher["sha256"]:
+            raise UserError(
+                f"the pairs in {self.folder} were made with another teacher than "
+                f"{teacher['name']}: choose another --pairs folder, or that --teacher"
+            )
 
     def _open(self, shard: int):
         path, expected = shard_path(self.folder, shard), len(shard_range(self.meta, shard))
@@ -89,12 +105,15 @@ class Pairs:
     def __len__(self) -> int:
         return self.meta["num_pairs"]
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pairs k in indices -> z_ref, y_ref (B, C, H, W), cond (B,) or None."""
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | list[str] | None]:
+        """Pairs k in indices -> z_ref, y_ref (B, C, H, W) float32, labels (B,), prompts or None."""
         rows = [divmod(k, self.meta["shard_size"]) for k in indices]
 
         def gather(name: str) -> Tensor:
-            return torch.cat([self.shards[s].get_slice(name)[i : i + 1] for s, i in rows])
+            parts = [self.shards[s].get_slice(name)[i : i + 1] for s, i in rows]
+            return torch.cat(parts or [self.shards[0].get_slice(name)[:0]])
 
         cond = gather("cond") if "cond" in self.shards[0].keys() else None
-        return gather("z"), gather("y"), cond
+        if self.prompts:
+            cond = [self.prompts[k] for k in indices]
+        return gather("z"), gather("y").float(), cond

@@ -1,7 +1,7 @@
 """What every script does with the command line and the disk, in one place so that it is done right:
 
 one-line user errors (exit code 2), a dataclass as command line, atomic writes, image grids, and
-random draws that are a function of (seed, step) alone.
+random draws that are a function of (seed, step, row) alone.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -67,29 +66,23 @@ def run_script(main: Callable, config_class: type, doc: str) -> None:
     config = config_class(**vars(parser.parse_args()))
     try:
         main(config)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of several processes, see devices.py
+        print(f"error: {error}" + ("" if rank == "0" else f" (rank {rank})"), file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        print(
+            f"error: the GPU's memory is full ({reason}); lower --batch-size (train.py: raise "
+            "--accumulate, which keeps the batch)",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" -> the GPU if there is one, else the CPU; "cpu", "cuda", "cuda:1", ... as given.
-
-    Raises:
-        UserError: no such device, or one without the solver's float64 (Apple's mps).
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device, dtype=torch.float64)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}); try --device cpu") from None
-    return device
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,25 +91,24 @@ def pick_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`, renamed to it if the block ends without an error."""
-    temporary = None
+    """Yields a temporary name beside `path`, renamed to it if the block ends without an error.
+
+    The temporary name is a fixed one: what a killed process left is overwritten by the next.
+    """
+    temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
-        temporary.chmod(0o666 & ~current_umask())  # mkstemp's files are private
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; nothing was changed"
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone already, or in a folder that is not ours
+            temporary.unlink()
 
 
 def current_umask() -> int:
@@ -184,11 +176,30 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically. Tensors are brought to the CPU, contiguous.
 
-    The metadata travels as one JSON entry: safetensors writes several in random order, and equal
-    contents shall be equal files.
+    Our metadata is one JSON entry, "dmd"; the entry "format" is what other readers ask for.
     """
     cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, safetensors_bytes(cpu, {"dmd": json.dumps(metadata, sort_keys=True)}))
+    entries = {"dmd": json.dumps(metadata, sort_keys=True), "format": "pt"}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(cpu, temporary, entries)
+            temporary.chmod(0o666 & ~current_umask())  # safetensors makes private files
+        except SafetensorError as error:  # a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+        sort_header(temporary)
+
+
+def sort_header(path: Path) -> None:
+    """Put a safetensors file's metadata in order, in place: safetensors writes it in random order,
+    and equal contents shall be equal files."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(data) <= size:  # then the rest is padded with spaces, as the format asks
+            file.seek(8)
+            file.write(data.ljust(size))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -197,10 +208,31 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: missing, truncated or of another format.
     """
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, read_metadata(file)
+
+
+def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
+    """The tensors' names and the metadata of a safetensors file, without its numbers.
+
+    Raises:
+        UserError: missing, truncated or of another format.
+    """
+    with open_tensors(path) as file:
+        return list(file.keys()), read_metadata(file)
+
+
+def read_metadata(file) -> dict[str, str]:
+    """What write_tensors was given with the tensors; {} for other people's files."""
+    return json.loads((file.metadata() or {}).get("dmd", "{}"))
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator:
+    """safe_open, with its errors as UserErrors."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("dmd", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, SafetensorError, ValueError) as error:

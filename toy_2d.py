@@ -11,7 +11,7 @@ trained three times, by Algorithm 1 and the losses of dmd_loss.py:
     (c) scores and regression    both modes, half of the samples each
 
 Eq. 7's noise is kept small here, sigma up to a fifth of the distance between the modes (t up to
-0.26 T): with more, the teacher's score at the near mode feels the far one. Try --max-step 0.4,
+260 of 1000): with more, the teacher's score at the near mode feels the far one. Try --max-step 400,
 where sigma reaches that distance: (b) then finds both modes without any pairs.
 
 Device: CPU, about 25 seconds. It prints how the samples spread, and last:
@@ -29,8 +29,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmd_loss import denoising_loss, distribution_matching_loss, l2_distance, regression_loss
-from edm_unet import EDMDenoiser, heun_sample
+from dmd_loss import (
+    all_noise_levels,
+    denoising_loss,
+    distribution_matching_loss,
+    dm_noise_levels,
+    l2_distance,
+    regression_loss,
+)
+from edm_unet import EDMDenoiser, T, heun_sample
 from rundir import UserError, generator_for, option, run_script, write_bytes
 
 MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
@@ -55,7 +62,7 @@ PANELS = {
 class Config:
     out: str = option("figure3.png", "file of the picture")
     steps: int = option(3000, "training steps per panel")
-    max_step: float = option(0.26, "t ~ U(0.02 T, max_step T) in Eq. 7 (the paper: 0.98)")
+    max_step: int = option(260, "T_max of Eq. 7, of 1000 noise levels (the paper: 980)")
     seed: int = option(0, "seed of everything random")
 
 
@@ -166,8 +173,9 @@ def train_panel(
     for step in tqdm(range(config.steps), desc=panel):
         # 1. Sample z ~ N(0, I) and the pair (z_ref, y_ref).
         generator = generator_for(config.seed, step)
-        z = torch.randn(BATCH, 2, 1, 1, generator=generator)
-        index = torch.randint(NUM_PAIRS, (BATCH,), generator=generator)
+        z, noise, noise_fake = torch.randn(3, BATCH, 2, 1, 1, generator=generator)
+        u, u_fake, u_ref = torch.rand(3, BATCH, dtype=torch.float64, generator=generator)
+        index = (u_ref * NUM_PAIRS).long()
         z_ref, y_ref = pairs[0][index], pairs[1][index]
 
         # 2. Generate: x = G(z), x_ref = G(z_ref).
@@ -179,15 +187,17 @@ def train_panel(
             mu_fake if use_fake_score else no_score,
             x,
             None,
-            max_step=config.max_step,
-            generator=generator,
+            t=dm_noise_levels(u, T, config.max_step),
+            noise=noise,
         )
         loss_reg = regression_loss(x_ref, y_ref, l2_distance)
         decay = 1 - step / config.steps  # or G and mu_fake would circle each other for ever
         update(optimizer_G, loss_kl + lambda_reg * loss_reg, decay * LEARNING_RATE_G)
 
         # 4. Denoise the generated samples (Eq. 6): the same x, detached.
-        loss_denoise = denoising_loss(mu_fake, x.detach(), None, generator=generator)
+        loss_denoise = denoising_loss(
+            mu_fake, x.detach(), None, t=all_noise_levels(u_fake, T), noise=noise_fake
+        )
 
         # 5. Step mu_fake.
         update(optimizer_fake, loss_denoise, decay * LEARNING_RATE_FAKE)
@@ -251,8 +261,8 @@ def main(config: Config) -> None:
     """Train the panels, print where their samples are, draw the figure."""
     if config.steps < 1 or config.seed < 0:
         raise UserError("--steps must be at least 1 and --seed at least 0")
-    if not 0.03 <= config.max_step <= 1:
-        raise UserError(f"--max-step must be between 0.03 and 1, not {config.max_step}")
+    if not 21 <= config.max_step <= T:
+        raise UserError(f"--max-step must be 21 to {T}, not {config.max_step}")
     if Path(config.out).is_dir():
         raise UserError(f"--out {config.out} is a folder; give the name of a file")
 

@@ -1,40 +1,46 @@
 """Train the one-step generator: Algorithm 1 of the paper.
 
-    python train.py                       MNIST, about 6 minutes on 2 CPU cores
+    python train.py                                          MNIST, about 6 minutes on 2 CPU cores
+    torchrun --nproc-per-node 7 train.py --dataset imagenet64            on seven GPUs
 
 Needs pairs (python make_pairs.py). It writes runs/DATASET/: config.json, log.csv, curves.png,
 samples_STEP.png (the teacher's y_ref above G(z_ref), then fresh G(z)), checkpoint.pt to resume from
-and generator.safetensors, the result. Ctrl-C saves; the same command goes on, exactly as if it had
-not been interrupted. The last line it prints:
+and generator.safetensors, the result. Ctrl-C saves; the same command goes on, as if it had not
+been interrupted. The last line it prints:
 
     wrote runs/mnist/generator.safetensors; look at it with: python sample.py
+
+Read `training_step` first: it is Algorithm 1's loop body. What step k draws for row i of the global
+batch is a function of (seed, k, i) alone, so neither resuming nor the number of processes nor
+gradient accumulation changes what is computed: beyond rounding, and on one CPU process not at all.
 """
 
 import copy
-import csv
-import io
-import json
 import math
 import pickle
 import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
+from checkpoints import Log, claim_folder, load_checkpoint, save_run
+from devices import AMP, Ranks, autocast, join_ranks, pick_amp, share, to
 from dmd_loss import (
     WEIGHTINGS,
     OneStepGenerator,
+    all_noise_levels,
     denoising_loss,
     distribution_matching_loss,
+    dm_noise_levels,
     l2_distance,
     lpips_distance,
     regression_loss,
@@ -43,19 +49,11 @@ from pairs import Pairs
 from rundir import (
     UserError,
     generator_for,
-    holds_files,
     option,
-    pick_device,
-    read_json,
     run_script,
-    save_grid,
-    write_bytes,
-    write_csv,
-    write_json,
-    write_tensors,
-    write_torch,
 )
-from workloads import WORKLOADS, get_workload, load_teacher
+from teachers import DECODERS, Teacher, load_teacher
+from workloads import WORKLOADS, Workload, get_workload
 
 
 @dataclass
@@ -66,11 +64,12 @@ class Config:
     pairs: str | None = option(None, "folder of the pairs (default: pairs/DATASET)")
     out: str | None = option(None, "run folder (default: runs/DATASET)")
     teacher: str | None = option(None, "teacher weights (default: the dataset's own)")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    seed: int = option(0, "what step k draws is a function of (seed, k) alone")
+    seed: int = option(0, "what step k draws for row i is a function of (seed, k, i) alone")
     steps: int | None = option(None, "generator updates")
-    batch_size: int | None = option(None, "unpaired samples per step")
-    batch_size_ref: int | None = option(None, "paired samples per step")
+    batch_size: int | None = option(None, "unpaired samples per step, over all ranks")
+    batch_size_ref: int | None = option(
+        None, "paired samples per step, over all ranks (default: in the dataset's proportion)"
+    )
     learning_rate: float | None = option(None, "peak learning rate of AdamW, both networks")
     fake_lr_ratio: float | None = option(
         None, "mu_fake's learning rate over G's, 1 = the same (not in the paper)"
@@ -87,36 +86,60 @@ class Config:
     )
     distance: str | None = option(None, "distance of the regression loss", ("l2", "lpips"))
     weighting: str | None = option(None, "w_t of the KL gradient", WEIGHTINGS)
+    max_dm_step: int = option(980, "T_max of the KL gradient (Table 5 lowers it to 500)")
+    decoder: str = option(
+        "tiny", "sd15: decoder of the regression's images (full: gigabytes per image)", DECODERS
+    )
+    tiny_decoder: str | None = option(None, "sd15: folder or repository of it (default: TAESD)")
     grad_clip: float | None = option(None, "largest L2 norm of a gradient")
+    amp: str = option("auto", "half precision: auto = bf16 on a GPU that has it, else off", AMP)
+    # From here on, nothing changes the result beyond rounding.
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    accumulate: int = option(1, "micro-batches per step: less memory, same batch")
+    compile: bool = option(False, "torch.compile the networks")
+    checkpointing: bool = option(True, "sd15: recompute activations in the backward pass")
+    shard_optimizer: bool = option(False, "spread AdamW's state over the ranks (ZeRO-1)")
     log_every: int = option(10, "steps between updates of the progress line")
-    save_every: int = option(100, "steps between checkpoints, pictures and curves")
+    save_every: int | None = option(None, "steps between checkpoints, pictures and curves")
+    keep: int = option(1, "checkpoints to keep; older ones are named by their step")
 
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's, for LPIPS
 
-# Options that may differ when a run is resumed: none of them changes its result. (Where the pairs
-# lie may change; how they were made may not.)
-FREE_OPTIONS = ("device", "pairs", "out", "log_every", "save_every")
 
-
-def resolve(config: Config) -> Config:
+def resolve(config: Config, ranks: Ranks) -> Config:
     """Fill the options left at None from the dataset's row, and check their ranges."""
     workload = get_workload(config.dataset)
+    if config.batch_size is not None and config.batch_size_ref is None:
+        ratio = workload.batch_size_ref / workload.batch_size
+        config.batch_size_ref = max(1, round(ratio * config.batch_size))
     for field in fields(config):
         from_table = getattr(config, field.name) is None and hasattr(workload, field.name)
         if from_table and field.name != "teacher":
             setattr(config, field.name, getattr(workload, field.name))
     config.pairs = config.pairs or f"pairs/{config.dataset}"
     config.out = config.out or f"runs/{config.dataset}"
+    config.amp = pick_amp(config.amp, ranks.device)
     smallest = {"steps": 1, "batch_size": 1, "batch_size_ref": 1, "log_every": 1, "save_every": 1}
     smallest |= {"warmup": 0, "learning_rate": 0, "lambda_reg": 0, "grad_clip": 0, "ema": 0}
     smallest |= {"seed": 0, "fake_lr_ratio": 0, "lambda_dm": 0, "lambda_reg_decay": 1e-6}
+    smallest |= {"accumulate": 1, "keep": 1, "max_dm_step": 21}
     for name, bound in smallest.items():
         if not getattr(config, name) >= bound:
             name, value = name.replace("_", "-"), getattr(config, name)
             raise UserError(f"--{name} must be at least {bound}, not {value}")
     if config.ema >= 1:
         raise UserError(f"--ema must be below 1, not {config.ema}")
+    if config.max_dm_step > 1000:
+        raise UserError(f"--max-dm-step must be at most 1000, not {config.max_dm_step}")
+    if not (config.lambda_dm or config.lambda_reg):
+        raise UserError("with --lambda-dm 0 and --lambda-reg 0 there is nothing to learn")
+    for name in ("batch_size", "batch_size_ref"):
+        if getattr(config, name) % (ranks.count * config.accumulate):
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(config, name)} cannot be split evenly over "
+                f"{ranks.count} ranks and {config.accumulate} micro-batches; choose a multiple"
+            )
     return config
 
 
@@ -126,7 +149,7 @@ def choose_distance(config: Config, device: torch.device) -> Callable:
     Raises:
         UserError: LPIPS without its package, or without VGG's weights.
     """
-    if config.distance == "l2":
+    if config.distance == "l2" or config.lambda_reg == 0:
         return l2_distance
     try:
         from lpips import LPIPS  # slow to import, and not needed for L2
@@ -143,6 +166,131 @@ def choose_distance(config: Config, device: torch.device) -> Callable:
     return partial(lpips_distance, network.eval().requires_grad_(False).to(device))
 
 
+# --------------------------------------------------------------------------------------------------
+# Algorithm 1
+
+
+def training_step(run: "Run", step: int) -> list[Tensor]:
+    """Lines 2 to 10 of Algorithm 1 -> the step's SCALARS. The batch may come in parts (gradient
+    accumulation): first G learns from all of them, then mu_fake does."""
+    config, workload, teacher = run.config, run.workload, run.teacher
+    G, mu_real, mu_fake, amp = run.G, teacher.mu_real, run.mu_fake, run.autocast
+    lr, parts = learning_rate(config, step), micro_batches(config, run.ranks)
+    losses_G, losses_fake, generated = [], [], []
+    for i, (rows, rows_ref) in enumerate(parts):
+        # 1. Sample z ~ N(0, I) with its condition, and pairs (z_ref, y_ref) ~ D.
+        batch = draw_batch(run, step, rows, rows_ref)
+
+        # 2. Generate x = G(z) and x_ref = G(z_ref) in one call.
+        G.require_backward_grad_sync = i + 1 == len(parts)  # average over ranks with the last part
+        with amp():
+            both = G(torch.cat([batch.z, batch.z_ref]), batch.cond)
+        x, x_ref = both.split([len(rows), len(rows_ref)])
+        if workload.kl_on_pairs:
+            x = both  # line 4: x <- concat(x, x_ref)
+        cond = None if batch.cond is None else batch.cond[: len(x)]
+
+        # 3. Distribution-matching gradient (Eq. 7) and regression (Eq. 9); step G.
+        loss_kl = loss_reg = x.new_zeros(())
+        if config.lambda_dm:
+            with amp():
+                loss_kl, _ = distribution_matching_loss(
+                    mu_real, mu_fake, x, cond, t=batch.t, noise=batch.noise,
+                    weighting=config.weighting,
+                )  # fmt: skip
+        if config.lambda_reg:
+            with amp():
+                images, images_ref = teacher.decode(x_ref), teacher.decode(batch.y_ref)
+            loss_reg = regression_loss(images, images_ref, run.distance)
+        loss_G = config.lambda_dm * loss_kl + lambda_reg(config, step) * loss_reg
+        run.update_G.backward(loss_G / len(parts))
+        losses_G.append(torch.stack([loss_kl, loss_reg]).detach())
+        generated.append((x.detach(), cond, batch.t_fake, batch.noise_fake))
+    norm_G = run.update_G.step(lr)
+    if config.ema:
+        update_average(run.G_ema, run.update_G.network, config.ema, step)
+
+    for i, (x, cond, t, noise) in enumerate(generated if config.lambda_dm else []):
+        # 4. Denoise the generated samples (Eq. 6): the same x, detached.
+        mu_fake.require_backward_grad_sync = i + 1 == len(parts)
+        with amp():
+            loss_denoise = denoising_loss(
+                mu_fake, x, cond, t=t, noise=noise, sigma_data=workload.sigma_data
+            )
+        run.update_fake.backward(loss_denoise / len(parts))
+        losses_fake.append(loss_denoise.detach())
+
+    # 5. Step mu_fake.
+    loss_denoise = norm_fake = torch.zeros_like(norm_G)
+    if losses_fake:
+        norm_fake = run.update_fake.step(config.fake_lr_ratio * lr)
+        loss_denoise = torch.stack(losses_fake).mean()
+    loss_kl, loss_reg = torch.stack(losses_G).mean(0)
+    return [loss_kl, loss_reg, loss_denoise, norm_G, norm_fake]
+
+
+class Update:
+    """How one of the two networks learns: AdamW (Appendix B), clipping, fp16's loss scale.
+
+    Args:
+        network: what is trained, bare (not in DistributedDataParallel).
+    """
+
+    def __init__(self, network: nn.Module, config: Config, ranks: Ranks):
+        workload, kind = get_workload(config.dataset), torch.optim.AdamW
+        options = {
+            "betas": workload.betas,
+            "weight_decay": workload.weight_decay,
+            "fused": True,
+        }
+        self.sharded = config.shard_optimizer and ranks.count > 1
+        if self.sharded:
+            # ZeRO-1: G and mu_fake fit on a GPU whole, what doubles their memory is AdamW's state.
+            # Unlike FSDP it leaves the networks, and so their checkpoints, as they are.
+            kind, options = ZeroRedundancyOptimizer, {"optimizer_class": kind, **options}
+        self.network, self.grad_clip, self.rank = network, config.grad_clip, ranks.rank
+        self.optimizer = kind(network.parameters(), **options)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradient to what is there since the last step."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip and step. Returns the gradient's norm before clipping.
+
+        (With fp16 it may be infinite: then the scaler leaves this step out and lowers its scale.)
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict:
+        """Network, optimiser and scale, the same for any number of ranks. All ranks must call."""
+        optimizer = {}
+        if self.sharded:
+            self.optimizer.consolidate_state_dict(to=0)
+        if self.rank == 0:
+            optimizer = self.optimizer.state_dict()
+        states = {"network": self.network.state_dict(), "optimizer": optimizer}
+        return states | {"scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what state_dict gave."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.sharded:  # it puts "step" on the CPU (PyTorch issue 124133), and all there is twice
+            self.optimizer.state.clear()
+            for parameter, values in self.optimizer.optim.state.items():
+                values["step"] = values["step"].to(parameter.device)
+        self.scaler.load_state_dict(state["scaler"])
+
+
 def learning_rate(config: Config, step: int) -> float:
     """Linear warm-up to the peak, then constant as in the paper, or half a cosine down to zero."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
@@ -157,131 +305,8 @@ def lambda_reg(config: Config, step: int) -> float:
     return config.lambda_reg * config.lambda_reg_decay ** (step / config.steps)
 
 
-def adamw(network: torch.nn.Module, config: Config, device: torch.device) -> torch.optim.AdamW:
-    """Appendix B's optimiser, for G and mu_fake alike; the loop sets the learning rate."""
-    workload = get_workload(config.dataset)
-    return torch.optim.AdamW(
-        network.parameters(),
-        betas=workload.betas,
-        weight_decay=workload.weight_decay,
-        fused=device.type == "cuda",
-    )
-
-
-def update(
-    network: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss: Tensor,
-    learning_rate: float,
-    grad_clip: float,
-) -> Tensor:
-    """Backward, clip, step. Returns the gradient's norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    return norm
-
-
-def main(config: Config) -> None:
-    """Train, or go on training, and write generator.safetensors."""
-    config = resolve(config)
-    workload, device = get_workload(config.dataset), pick_device(config.device)
-    out = Path(config.out)
-    mu_real, teacher = load_teacher(config.dataset, config.teacher)
-    pairs = Pairs(Path(config.pairs), config.dataset, teacher)
-    distance = choose_distance(config, device)
-    claim_folder(out, config, teacher, pairs)
-
-    # 0. G and mu_fake start as the teacher. All run in eval mode: no dropout anywhere.
-    mu_real = mu_real.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    run = start_from_teacher(mu_real, config)
-    G, mu_fake, G_ema, optimizer_G, optimizer_fake = run.values()
-    start, rows = load_checkpoint(out, run, device)
-
-    log, interrupted = Log(config, start, rows), catch_signals()
-    for step in range(start, config.steps):
-        # 1. Sample z ~ N(0, I) with its condition, and pairs (z_ref, y_ref) ~ D.
-        # (The 1 keeps this stream apart from the pairs' noises, which come from (seed, k).)
-        generator = generator_for(config.seed, step, 1)
-        z = torch.randn(config.batch_size, *workload.image_shape, generator=generator)
-        index = torch.randint(len(pairs), (config.batch_size_ref,), generator=generator)
-        z_ref, y_ref, cond_ref = pairs.batch(index.tolist())
-        cond = draw_condition(workload.num_classes, config.batch_size, generator)
-        z, cond, z_ref, y_ref, cond_ref = to(device, z, cond, z_ref, y_ref, cond_ref)
-
-        # 2. Generate x = G(z) and x_ref = G(z_ref) in one call.
-        both = None if cond is None else torch.cat([cond, cond_ref])
-        x, x_ref = G(torch.cat([z, z_ref]), both).split([len(z), len(z_ref)])
-
-        # 3. Distribution-matching gradient (Eq. 7) and regression (Eq. 9); step G.
-        loss_kl, info = distribution_matching_loss(
-            mu_real, mu_fake, x, cond, weighting=config.weighting, generator=generator
-        )
-        loss_reg = regression_loss(x_ref, y_ref, distance)
-        loss_G = config.lambda_dm * loss_kl + lambda_reg(config, step) * loss_reg
-        lr = learning_rate(config, step)
-        norm_G = update(G, optimizer_G, loss_G, lr, config.grad_clip)
-        if config.ema:
-            update_average(G_ema, G, config.ema, step)
-
-        # 4. Denoise the generated samples (Eq. 6): the same x, detached.
-        loss_denoise = denoising_loss(
-            mu_fake, x.detach(), cond, sigma_data=workload.sigma_data, generator=generator
-        )
-
-        # 5. Step mu_fake.
-        lr_fake = config.fake_lr_ratio * lr
-        norm_fake = update(mu_fake, optimizer_fake, loss_denoise, lr_fake, config.grad_clip)
-
-        log.add(step, loss_kl, loss_reg, loss_denoise, info["grad_norm"], norm_G, norm_fake)
-        if interrupted or step + 1 == config.steps or (step + 1) % config.save_every == 0:
-            save_run(out, run, step + 1, log, config, teacher)
-            picture = out / f"samples_{step + 1:06d}.png"
-            draw_samples(picture, G_ema, z_ref, y_ref, cond_ref, z, cond)
-            draw_curves(out / "curves.png", log.rows)
-        if interrupted and step + 1 < config.steps:
-            leave(interrupted, step + 1)
-    print(f"wrote {out / 'generator.safetensors'}; look at it with: python sample.py")
-
-
-def start_from_teacher(mu_real: torch.nn.Module, config: Config) -> dict:
-    """What is trained and checkpointed: G, mu_fake, G's average (G itself if off), optimisers."""
-    device = mu_real.sigma.device
-    G = OneStepGenerator(copy.deepcopy(mu_real)).requires_grad_(True)
-    mu_fake = copy.deepcopy(mu_real).requires_grad_(True)
-    return {
-        "G": G,
-        "mu_fake": mu_fake,
-        "G_ema": copy.deepcopy(G).requires_grad_(False) if config.ema else G,
-        "optimizer_G": adamw(G, config, device),
-        "optimizer_fake": adamw(mu_fake, config, device),
-    }
-
-
-def draw_condition(num_classes: int, batch: int, generator: torch.Generator) -> Tensor | None:
-    """Uniform class labels (B,), or None for an unconditional network."""
-    if num_classes == 0:
-        return None
-    return torch.randint(num_classes, (batch,), generator=generator)
-
-
-def to(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Bring tensors to the device, images in channels-last layout."""
-    layouts = [
-        torch.channels_last if x is not None and x.ndim == 4 else torch.preserve_format
-        for x in tensors
-    ]
-    return [
-        None if x is None else x.to(device, memory_format=layout)
-        for x, layout in zip(tensors, layouts, strict=True)
-    ]
-
-
 @torch.no_grad()
-def update_average(G_ema: torch.nn.Module, G: torch.nn.Module, decay: float, step: int) -> None:
+def update_average(G_ema: nn.Module, G: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average; a short memory at first, so that the start is forgotten."""
     decay = min(decay, (step + 1) / (step + 10))
     for average, weight in zip(G_ema.parameters(), G.parameters(), strict=True):
@@ -289,146 +314,182 @@ def update_average(G_ema: torch.nn.Module, G: torch.nn.Module, decay: float, ste
 
 
 # --------------------------------------------------------------------------------------------------
-# The run folder
-
-SCALARS = ["loss_kl", "loss_reg", "loss_denoise", "dm_grad", "grad_norm_G", "grad_norm_fake"]
-SHOWN = [*SCALARS[:3], *SCALARS[4:], "images_per_s"]
+# What a step draws
 
 
-def claim_folder(out: Path, config: Config, teacher: dict[str, str], pairs: Pairs) -> None:
-    """Write config.json, or check that the folder holds this very run.
+class Batch(NamedTuple):
+    """One part of a step's samples, on the device. B unpaired, R paired, K = B or B + R in L_KL."""
 
-    Raises:
-        UserError: the folder holds something else, which is left alone.
+    z: Tensor  # (B, C, H, W)
+    z_ref: Tensor  # (R, C, H, W)
+    y_ref: Tensor  # (R, C, H, W)
+    cond: Tensor | None  # of both: (B + R,) labels, or (B + R, 77, 768) text states
+    t: Tensor  # (K,) long, and (K, C, H, W): of the KL gradient
+    noise: Tensor
+    t_fake: Tensor  # the same of the denoising loss
+    noise_fake: Tensor
+
+
+def micro_batches(config: Config, ranks: Ranks) -> list[tuple[range, range]]:
+    """This rank's rows of the global batch, unpaired and paired, in `accumulate` equal parts.
+
+    What only serves a loss of weight 0 is left out: without regression there are no paired rows.
     """
-    settings = {k: v for k, v in asdict(config).items() if k not in FREE_OPTIONS}
-    settings["teacher"], settings["made_pairs"] = teacher, pairs.meta
-    if not (out / "config.json").exists():
-        if holds_files(out):
-            raise UserError(f"{out} holds other files; choose another --out")
-        return write_json(out / "config.json", settings)
-    if not (out / "checkpoint.pt").exists():  # the run never saved: it may start otherwise
-        return write_json(out / "config.json", settings)
-    found = read_json(out / "config.json")
-    names = sorted(settings.keys() | found.keys())
-    changed = [name for name in names if settings.get(name) != found.get(name)]
-    # Without decay, step k does not know how many steps follow: such a run may be prolonged.
-    constant = (config.lr_decay, config.lambda_reg_decay) == ("none", 1)
-    if changed == ["steps"] and constant and config.steps > found["steps"]:
-        write_json(out / "config.json", settings)
-    elif changed:
-        raise UserError(
-            f"{out} holds a run with another {', '.join(changed)}; "
-            "choose another --out or delete the folder"
-        )
+    B = config.batch_size if config.lambda_dm else 0
+    R = config.batch_size_ref if config.lambda_reg else 0
+    parts = ranks.count * config.accumulate
+    mine = range(ranks.rank * config.accumulate, (ranks.rank + 1) * config.accumulate)
+    return [(share(B, part, parts), share(R, part, parts)) for part in mine]
 
 
-def load_checkpoint(out: Path, run: dict, device: torch.device) -> tuple[int, list[dict]]:
-    """Restore a run's networks and optimisers -> number of steps done, rows of the log.
+def draw_batch(run: "Run", step: int, rows: Sequence[int], rows_ref: Sequence[int]) -> Batch:
+    """Draw rows of step k's global batch: each a function of (seed, k, row) alone."""
+    config, teacher, pairs, T = run.config, run.teacher, run.pairs, len(run.teacher.mu_real.sigma)
+    shape, line_4 = teacher.image_shape, run.workload.kl_on_pairs
+    u, noises = draw_rows(config.seed, step, rows, (3, *shape))
+    rows_ref = [config.batch_size + row for row in rows_ref]
+    u_ref, noises_ref = draw_rows(config.seed, step, rows_ref, (3, *shape) if line_4 else (3, 0))
+    z_ref, y_ref, cond_ref = pairs.batch((u_ref[:, 0] * len(pairs)).long().tolist())
+    cond = draw_condition(u[:, 0], run.workload, pairs)
+    if line_4:
+        u, noises = torch.cat([u, u_ref]), torch.cat([noises, noises_ref])
+    cond = teacher.encode(join(cond, cond_ref))
+    batch = [
+        noises[: len(rows), 0], z_ref, y_ref, cond,
+        dm_noise_levels(u[:, 1], T, config.max_dm_step), noises[:, 1],
+        all_noise_levels(u[:, 2], T), noises[:, 2],
+    ]  # fmt: skip
+    return Batch(*to(run.ranks.device, *batch))
 
-    Raises:
-        UserError: damaged checkpoint.
+
+def draw_rows(
+    seed: int, step: int, rows: Sequence[int], shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """For every row: three numbers uniform in [0, 1), and normal ones -> (B, 3), (B, *shape)."""
+    u, normal = torch.empty(len(rows), 3, dtype=torch.float64), torch.empty(len(rows), *shape)
+    for i, row in enumerate(rows):
+        generator = generator_for(seed, step, row + 1)  # (seed, k, 0) is the noise of pair k
+        torch.rand(3, dtype=torch.float64, generator=generator, out=u[i])
+        torch.randn(shape, generator=generator, out=normal[i])
+    return u, normal
+
+
+def draw_condition(u: Tensor, workload: Workload, pairs: Pairs) -> Tensor | list[str] | None:
+    """Uniform class labels (B,), or prompts of the pairs, or None; u (B,) uniform in [0, 1)."""
+    if workload.num_classes:
+        return (u * workload.num_classes).long()
+    if pairs.prompts:
+        return [pairs.prompts[k] for k in (u * len(pairs.prompts)).long().tolist()]
+    return None
+
+
+def join(cond: Tensor | list[str] | None, cond_ref: Tensor | list[str] | None):
+    """The conditions of both streams one after the other: labels, prompts, or None."""
+    if isinstance(cond, list):
+        return cond + cond_ref
+    return None if cond is None else torch.cat([cond, cond_ref])
+
+
+# --------------------------------------------------------------------------------------------------
+# Start to end
+
+
+class Parallel(DistributedDataParallel):
+    """DistributedDataParallel that shows what its module has, such as a denoiser's noise table."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module, gradient_as_bucket_view=True)
+        self.broadcast_buffers = False  # the noise table never changes
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+@dataclass
+class Run:
+    """What takes part in a step. G and mu_fake are as one calls them: on several ranks, Parallel
+    around the networks that update_G and update_fake hold."""
+
+    config: Config
+    workload: Workload
+    ranks: Ranks
+    teacher: Teacher
+    pairs: Pairs
+    distance: Callable
+    G: nn.Module
+    mu_fake: nn.Module
+    G_ema: nn.Module  # the moving average of G; G itself if that is off
+    update_G: Update
+    update_fake: Update
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the networks are called."""
+        return autocast(self.ranks.device, self.config.amp)
+
+    def parts(self) -> dict:
+        """What a checkpoint holds."""
+        average = {"G_ema": self.G_ema} if self.config.ema else {}
+        return {"G": self.update_G, "mu_fake": self.update_fake, **average}
+
+
+def prepare(config: Config, ranks: Ranks) -> Run:
+    """Line 1 of Algorithm 1: G and mu_fake start as copies of the teacher.
+
+    All networks are in eval mode and stay there: no dropout anywhere.
     """
-    path = out / "checkpoint.pt"
-    if not path.exists():
-        return 0, []
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in run.items():
-            part.load_state_dict(state[name])
-        with open(out / "log.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
-    except (OSError, torch.OutOfMemoryError) as error:
-        raise UserError(f"{path} cannot be loaded now ({error}); it was left as it is") from None
-    except Exception as error:  # torch.load and load_state_dict raise a dozen types
-        reason = (str(error) or repr(error)).splitlines()[0][:200]
-        raise UserError(
-            f"{path} cannot be resumed ({reason}); delete {out} to start over"
-        ) from None
-    return state["step"], rows
+    pairs = Pairs(Path(config.pairs), config.dataset)
+    with ranks.first_goes_first():
+        teacher = load_teacher(
+            config.dataset, config.teacher, guidance=pairs.meta["guidance"],
+            decoder=config.decoder, tiny_source=config.tiny_decoder,
+        )  # fmt: skip
+        distance = choose_distance(config, ranks.device)
+    pairs.check_teacher(teacher.record)
+    if ranks.rank == 0:
+        claim_folder(Path(config.out), config, teacher.record, pairs)
+    ranks.barrier()
+
+    on_device = {"device": ranks.device, "memory_format": torch.channels_last}
+    G, mu_fake = OneStepGenerator(teacher.student()).to(**on_device), teacher.student()
+    mu_fake = mu_fake.to(**on_device)
+    G_ema = copy.deepcopy(G).requires_grad_(False) if config.ema else G
+    updates = Update(G, config, ranks), Update(mu_fake, config, ranks)
+    teacher.to(ranks.device, config.amp)
+    for denoiser in (G.mu, mu_fake):
+        if hasattr(denoiser.net, "gradient_checkpointing"):
+            denoiser.net.gradient_checkpointing = config.checkpointing
+    if config.compile:
+        torch._dynamo.config.optimize_ddp = False  # older versions: not with checkpointing
+        for denoiser in (G.mu, mu_fake, teacher.mu_real):
+            denoiser.compile()
+    if ranks.count > 1:
+        G, mu_fake = Parallel(G), Parallel(mu_fake)
+    workload = get_workload(config.dataset)
+    return Run(config, workload, ranks, teacher, pairs, distance, G, mu_fake, G_ema, *updates)
 
 
-def save_run(out: Path, run: dict, step: int, log: "Log", config: Config, teacher) -> None:
-    """Write log.csv, generator.safetensors and checkpoint.pt, each atomically."""
-    log.flush()  # raises on NaN, before anything is overwritten
-    write_csv(out / "log.csv", log.rows)
-    net = run["G_ema"].mu.net
-    metadata = {
-        "role": "generator",
-        "dataset": config.dataset,
-        "kwargs": json.dumps(net.kwargs),
-        "teacher_sha256": teacher["sha256"],
-        "step": str(step),
-    }
-    write_tensors(out / "generator.safetensors", net.state_dict(), metadata)
-    # Last: what is not in the checkpoint is written again by whoever goes on from it.
-    state = {name: part.state_dict() for name, part in run.items()}
-    write_torch(out / "checkpoint.pt", state | {"step": step})
-
-
-class Log:
-    """The progress line and the rows of log.csv.
-
-    Scalars stay on the device until they are shown, so that a GPU need not wait for the CPU.
-    """
-
-    def __init__(self, config: Config, start: int, rows: list[dict]):
-        self.config, self.rows, self.waiting = config, rows, []
-        self.bar = tqdm(total=config.steps, initial=start, desc="train", mininterval=0.5)
-        self.clock = time.perf_counter()
-
-    def add(self, step: int, *scalars: Tensor) -> None:
-        """Note one step's SCALARS."""
-        self.waiting.append(torch.stack([scalar.detach() for scalar in scalars]))
-        self.step = step
-        if (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps:
-            self.flush()
-        self.bar.update()
-
-    def flush(self) -> None:
-        """Turn what is waiting into rows.
-
-        Raises:
-            UserError: a scalar is NaN or infinite; the last checkpoint is from before that.
-        """
-        values = torch.stack(self.waiting).tolist() if self.waiting else []
-        now = time.perf_counter()
-        rate = len(values) * self.config.batch_size / (now - self.clock)
-        for step, scalars in enumerate(values, start=self.step + 1 - len(values)):
-            for name, value in zip(SCALARS, scalars, strict=True):
-                if not math.isfinite(value):
-                    raise UserError(
-                        f"{name} is {value} at step {step + 1}; the last checkpoint is intact: "
-                        "lower --learning-rate or raise --lambda-reg, with another --out"
-                    )
-            row = {name: f"{value:.5g}" for name, value in zip(SCALARS, scalars, strict=True)}
-            row["learning_rate"] = f"{learning_rate(self.config, step):.4g}"
-            self.rows.append({"step": step + 1, **row, "images_per_s": f"{rate:.1f}"})
-        self.waiting, self.clock = [], now
-        self.bar.set_postfix({name: self.rows[-1][name] for name in SHOWN}, refresh=False)
-
-
-@torch.no_grad()
-def draw_samples(path: Path, G, z_ref, y_ref, cond_ref, z, cond, columns: int = 10) -> None:
-    """Three bands of images: the teacher's y_ref, G(z_ref) for the same noise, fresh G(z)."""
-    n = min(columns, len(z_ref), len(z))
-    x_ref = G(z_ref[:n], None if cond_ref is None else cond_ref[:n])
-    x = G(z[:n], None if cond is None else cond[:n])
-    save_grid(path, torch.cat([y_ref[:n], x_ref, x]), columns=n, scale=2)
-
-
-def draw_curves(path: Path, log: list[dict]) -> None:
-    """curves.png: every logged scalar against the step."""
-    steps = [int(row["step"]) for row in log]
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    for axis, name in zip(figure.subplots(2, 3, sharex=True).flat, SCALARS, strict=True):
-        values = [float(row[name]) for row in log]
-        axis.plot(steps, values, linewidth=0.8)
-        axis.set(title=name, yscale="log" if max(values) > 0 else "linear", xlabel="step")
-        axis.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    write_bytes(path, buffer.getvalue())
+def main(config: Config) -> None:
+    """Train, or go on training, and write generator.safetensors."""
+    ranks = join_ranks(config.device)
+    config = resolve(config, ranks)
+    run, out = prepare(config, ranks), Path(config.out)
+    start, rows = load_checkpoint(out, run)
+    if ranks.any(start != ranks.mean(torch.tensor(float(start), device=ranks.device)).item()):
+        raise UserError(f"the ranks see different checkpoints; {out} must be on a shared disk")
+    log, signals = Log(config, ranks, start, rows), catch_signals()
+    for step in range(start, config.steps):
+        log.add(step, learning_rate(config, step), training_step(run, step))
+        interrupted = ranks.any(bool(signals))
+        done = step + 1
+        if interrupted or done == config.steps or done % config.save_every == 0:
+            save_run(out, run, done, log)
+        if interrupted and done < config.steps:
+            leave(signals, done, ranks)
+    if ranks.rank == 0:
+        print(f"wrote {out / 'generator.safetensors'}; look at it with: python sample.py")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,10 +512,11 @@ def catch_signals() -> list[int]:
     return received
 
 
-def leave(received: list[int], step: int) -> None:
+def leave(received: list[int], step: int, ranks: Ranks) -> None:
     """Say how to go on, and exit: 130 after Ctrl-C, 0 after SIGTERM (a cluster's pre-emption)."""
-    command = shlex.join(["python", *sys.argv])
-    print(f"interrupted and saved after step {step}; go on with: {command}")
+    if ranks.rank == 0:
+        command = shlex.join(["python", *sys.argv]) if ranks.count == 1 else "the same command"
+        print(f"interrupted and saved after step {step}; go on with: {command}")
     sys.exit(130 if signal.SIGINT in received else 0)
 
 

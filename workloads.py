@@ -1,11 +1,9 @@
 """The four workloads as one table: the numbers of the paper's Appendix B, and the small MNIST one.
 
-    mnist        28x28 digits, teacher embedded in assets/, minutes on a CPU (not in the paper)
-    cifar10      EDM's CIFAR-10 network, conditional (cifar10-uncond: unconditional)
-    imagenet64   EDM's ImageNet-64 network
-    sd15         Stable Diffusion v1.5, the LAION-Aesthetics 6.25+ run
-
-Below the table: what turns a row and a file into a teacher or a generator.
+mnist        28x28 digits, teacher embedded in assets/, minutes on a CPU (not in the paper)
+cifar10      EDM's CIFAR-10 network, conditional (cifar10-uncond: unconditional)
+imagenet64   EDM's ImageNet-64 network
+sd15         Stable Diffusion v1.5, the LAION-Aesthetics 6.25+ run
 """
 
 import gzip
@@ -16,9 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmd_loss import OneStepGenerator
-from edm_unet import SIGMA_MAX, EDMDenoiser, EDMPrecond
-from edm_weights import fetch, load_edm, load_edm_with_metadata
 from rundir import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -42,6 +37,7 @@ class Workload:
     sigma_data: float | None  # of the denoising loss; None: weight by SNR alone
     distance: str  # of the regression loss: "l2" or "lpips"
     lambda_reg: float
+    kl_on_pairs: bool  # Algorithm 1's line 4: the KL gradient takes in the paired samples too
     # Optimisation: AdamW on both networks.
     steps: int
     batch_size: int  # unpaired samples per step, over all GPUs
@@ -51,6 +47,7 @@ class Workload:
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: int = 500
     grad_clip: float = 10.0
+    save_every: int = 1000  # steps between checkpoints, pictures and curves
     # Not in the paper, and off in its workloads.
     lr_decay: str = "none"  # "cosine": from the peak to zero over the run
     fake_lr_ratio: float = 1.0  # mu_fake's learning rate over G's
@@ -71,11 +68,13 @@ WORKLOADS = {
         sigma_data=0.5,
         distance="l2",
         lambda_reg=1.0,
+        kl_on_pairs=False,
         steps=900,
         batch_size=32,
         batch_size_ref=32,
         learning_rate=4e-4,
         warmup=50,
+        save_every=100,
         lr_decay="cosine",
         fake_lr_ratio=4.0,
         lambda_reg_decay=0.2,
@@ -93,6 +92,7 @@ WORKLOADS = {
         sigma_data=0.5,
         distance="lpips",
         lambda_reg=0.25,
+        kl_on_pairs=False,
         steps=300_000,
         batch_size=392,
         batch_size_ref=392,
@@ -110,6 +110,7 @@ WORKLOADS = {
         sigma_data=0.5,
         distance="lpips",
         lambda_reg=0.5,
+        kl_on_pairs=False,
         steps=300_000,
         batch_size=392,
         batch_size_ref=392,
@@ -127,6 +128,7 @@ WORKLOADS = {
         sigma_data=0.5,
         distance="lpips",
         lambda_reg=0.25,
+        kl_on_pairs=False,
         steps=350_000,
         batch_size=336,
         batch_size_ref=336,
@@ -144,6 +146,7 @@ WORKLOADS = {
         sigma_data=None,
         distance="lpips",
         lambda_reg=0.25,
+        kl_on_pairs=True,
         steps=20_000,
         batch_size=2304,
         batch_size_ref=1152,
@@ -151,7 +154,7 @@ WORKLOADS = {
     ),
 }
 
-# The embedded MNIST teacher: a DDPM++ with attention at 7x7, 0.94 M parameters.
+# The embedded MNIST teacher: a DDPM++ with attention at 7x7, 1.03 M parameters.
 MNIST_TEACHER_KWARGS = {
     "img_resolution": 28,
     "img_channels": 1,
@@ -159,9 +162,9 @@ MNIST_TEACHER_KWARGS = {
     "model_type": "SongUNet",
     "model_channels": 16,
     "channel_mult": [1, 2, 4],
-    "channel_mult_emb": 16,  # a wide embedding: it carries the class
+    "channel_mult_emb": 4,
     "channel_mult_noise": 4,
-    "num_blocks": 1,
+    "num_blocks": 2,
     "attn_resolutions": [7],
     "dropout": 0.0,
 }
@@ -182,67 +185,6 @@ def file_hash(path: Path) -> str:
     """The first 16 hexadecimal digits of a file's SHA-256: says whether two files are the same."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def load_teacher(dataset: str, source: str | None) -> tuple[EDMDenoiser, dict[str, str]]:
-    """mu_real of a workload, and what a run records about it: {"name", "sha256"}.
-
-    Args:
-        dataset: a row of WORKLOADS.
-        source: the weights, a file or an address that edm_weights.fetch knows; None for the
-            workload's own, which is downloaded if it is not embedded.
-
-    Raises:
-        UserError: missing or unreadable file, or a network for other images.
-    """
-    workload = get_workload(dataset)
-    if workload.solver != "heun":
-        raise UserError(f"the networks of {dataset} are not built yet; choose another --dataset")
-    embedded = ASSETS / workload.teacher
-    file = embedded if source is None and embedded.exists() else fetch(source or workload.teacher)
-    net = load_edm(file)
-    check_fits(dataset, net, file)
-    return EDMDenoiser(net), {"name": file.name, "sha256": file_hash(file)}
-
-
-def load_generator(source: str | Path) -> tuple[OneStepGenerator, dict[str, str]]:
-    """G_theta from a run's generator.safetensors, and the file's metadata (its dataset, step, ...).
-
-    Also from others' EDM checkpoints (see edm_weights.read_edm_state): their dataset is told by the
-    network's shape.
-
-    Args:
-        source: a file, or an address that edm_weights.fetch knows.
-
-    Raises:
-        UserError: missing or unreadable file, or one that holds no generator.
-    """
-    path = fetch(str(source))
-    net, metadata = load_edm_with_metadata(path)
-    if "kwargs" not in metadata:  # not a file of ours
-        metadata = {"role": "generator", "dataset": dataset_of(net)} | metadata
-    if metadata.get("role") != "generator" or metadata.get("dataset") not in WORKLOADS:
-        raise UserError(f"{path} is not a one-step generator; use a generator.safetensors of a run")
-    check_fits(metadata["dataset"], net, path)
-    return OneStepGenerator(EDMDenoiser(net, metadata.get("sigma", SIGMA_MAX))), metadata
-
-
-def dataset_of(net: EDMPrecond) -> str | None:
-    """The workload for whose images and classes a network is made, None if there is none."""
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    fitting = ((w.image_shape, w.num_classes) == (shape, net.label_dim) for w in WORKLOADS.values())
-    return next((name for name, fits in zip(WORKLOADS, fitting, strict=True) if fits), None)
-
-
-def check_fits(dataset: str, net: EDMPrecond, path: Path) -> None:
-    """Raise UserError unless the network takes the dataset's images and labels."""
-    if dataset_of(net) != dataset:
-        workload = get_workload(dataset)
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        raise UserError(
-            f"{path} is a network for images {shape} with {net.label_dim} classes, but {dataset} "
-            f"has {workload.image_shape} with {workload.num_classes}; choose the right file"
-        )
 
 
 def load_mnist(folder: str, train: bool) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import make_pairs
 
 ROOT = Path(__file__).parent.parent
+# One thread, so that two processes on one machine round alike.
+ONE_THREAD = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
@@ -27,6 +30,15 @@ def fails_in_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
     assert last.startswith("error: "), result.stderr
     for word in words:
         assert word in last
+
+
+@pytest.fixture
+def one_thread():
+    """What runs in this process rounds as a process with ONE_THREAD does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

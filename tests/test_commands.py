@@ -1,7 +1,10 @@
 """Every command as a user runs it: what it leaves, how it resumes, and how it fails."""
 
+import copy
 import csv
 import json
+import math
+import random
 import shutil
 import signal
 import subprocess
@@ -13,19 +16,23 @@ from urllib.error import URLError
 import lpips
 import pytest
 import torch
-from conftest import ROOT, fails_in_one_line, run
+from conftest import ONE_THREAD, ROOT, fails_in_one_line, run
 from PIL import Image
 
 import edm_weights
 import make_pairs
 import sample
 import train
+from checkpoints import SCALARS, Log
+from devices import Ranks
 from edm_unet import EDMPrecond, heun_sample
 from pairs import Pairs, sample_noise
-from rundir import UserError, generator_for, read_tensors, write_tensors
-from workloads import ASSETS, WORKLOADS, load_generator, load_teacher
+from rundir import UserError, read_tensors, write_tensors
+from teachers import load_generator, load_teacher
+from workloads import ASSETS, WORKLOADS
 
 TINY = {"batch_size": 4, "batch_size_ref": 4, "warmup": 2, "device": "cpu", "log_every": 2}
+ALONE = Ranks(0, 1, torch.device("cpu"))
 CONSTANT = {"lr_decay": "none", "lambda_reg_decay": 1.0}  # such a run may be prolonged
 
 
@@ -44,6 +51,34 @@ def tiny_config(pairs, out, **options):
 
 def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def scalars(folder):
+    """The logged losses and norms, one list of texts per step."""
+    rows = csv.DictReader((folder / "log.csv").read_text().splitlines())
+    return [[row[name] for name in SCALARS] for row in rows]
+
+
+def leaves(state, name=""):
+    """The numbers and tensors of nested dicts and lists, by their dotted names."""
+    if not isinstance(state, dict | list | tuple):
+        return {name: torch.as_tensor(state)} if state is not None else {}
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    return {k: v for key, part in items for k, v in leaves(part, f"{name}.{key}").items()}
+
+
+def same_run(first, second):
+    """Assert that two run folders hold the same checkpoint, generator and log, bit by bit."""
+    one, two = (
+        leaves(torch.load(folder / "checkpoint.pt", weights_only=True))
+        for folder in (first, second)
+    )
+    assert one.keys() == two.keys() and len(one) > 100
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+    name = "generator.safetensors"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert scalars(first) == scalars(second)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +105,16 @@ def test_make_pairs_by_command(tmp_path):
 
 
 def test_pairs_are_the_teachers_ode_solutions(pairs):
-    mu_real, teacher = load_teacher("mnist", None)
-    opened = Pairs(pairs, "mnist", teacher)
+    teacher = load_teacher("mnist", None)
+    opened = Pairs(pairs, "mnist")
+    opened.check_teacher(teacher.record)
     z, y, cond = opened.batch([17, 3, 8])
     assert len(opened) == 20 and cond.tolist() == [7, 3, 8]
     torch.testing.assert_close(z, sample_noise(0, [17, 3, 8], (1, 28, 28)), rtol=0, atol=0)
     # Another batch size, another order: the same samples up to rounding.
-    torch.testing.assert_close(y, heun_sample(mu_real.net, z, cond, steps=6), rtol=0, atol=1e-3)
+    expected = heun_sample(teacher.mu_real.net, z, cond, steps=6)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(teacher.solve(z, cond, 6), expected)
 
 
 def test_no_two_pairs_share_their_noise():
@@ -108,18 +146,24 @@ def test_pairs_of_other_settings_are_never_mixed(pairs, tmp_path):
 
 
 def test_training_noise_is_not_the_pairs_noise(pairs, tmp_path, monkeypatch):
-    """Section 3.3: the two losses have distinct data streams."""
-    seen = []
-    original = train.distribution_matching_loss
+    """Section 3.3: the two losses have distinct data streams. And no number is drawn twice."""
+    batches = []
+    original = train.draw_batch
 
-    def spy(mu_real, mu_fake, x, cond, **options):
-        seen.append(options["generator"].initial_seed())
-        return original(mu_real, mu_fake, x, cond, **options)
+    def spy(*arguments):
+        batches.append(original(*arguments))
+        return batches[-1]
 
-    monkeypatch.setattr(train, "distribution_matching_loss", spy)
+    monkeypatch.setattr(train, "draw_batch", spy)
     train.main(tiny_config(pairs, tmp_path / "run", steps=3))
-    of_pairs = {generator_for(0, k).initial_seed() for k in range(20)}
-    assert len(set(seen)) == 3 and not of_pairs & set(seen)
+    drawn = [noise for b in batches for noise in (b.z, b.noise, b.noise_fake)]
+    of_pairs = sample_noise(0, range(20), (1, 28, 28))
+    every = torch.cat([*drawn, of_pairs]).flatten(1)
+    assert len(every) == 3 * 3 * 4 + 20
+    distance = torch.cdist(every, every) + 100 * torch.eye(len(every))
+    assert distance.min() > 30  # independent ones are sqrt(2 * 784) = 40 apart
+    z_ref = torch.cat([b.z_ref for b in batches]).flatten(1)
+    assert (torch.cdist(z_ref, of_pairs.flatten(1)).min(dim=1).values < 1e-3).all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,7 +181,7 @@ def test_run_folder(finished_run):
     # Step 1 has no fake score of its own yet: mu_fake is the teacher, and the KL gradient is zero.
     assert float(rows[0]["loss_kl"]) == 0 < float(rows[1]["loss_kl"])
     picture = Image.open(finished_run / "samples_000002.png")
-    assert picture.size == (2 * (2 + 4 * 30), 2 * (2 + 3 * 30))
+    assert picture.size == (2 * (2 + 10 * 30), 2 * (2 + 3 * 30))
     G, metadata = load_generator(finished_run / "generator.safetensors")
     assert metadata["step"] == "2" and not any(p.requires_grad for p in G.parameters())
 
@@ -146,7 +190,7 @@ def test_before_training_the_generator_is_the_teachers_one_step(tmp_path, pairs)
     """With learning rate 0 the student stays the copy of the teacher that Algorithm 1 starts at."""
     train.main(tiny_config(pairs, tmp_path / "run", steps=1, learning_rate=0.0))
     G, _ = load_generator(tmp_path / "run" / "generator.safetensors")
-    mu_real, _ = load_teacher("mnist", None)
+    mu_real = load_teacher("mnist", None).mu_real
     z, cond = torch.randn(3, 1, 28, 28), torch.tensor([1, 5, 9])
     with torch.no_grad():
         torch.testing.assert_close(G(z, cond), heun_sample(mu_real.net, z, cond, steps=1))
@@ -154,76 +198,249 @@ def test_before_training_the_generator_is_the_teachers_one_step(tmp_path, pairs)
 
 def test_schedules(finished_run):
     options = {"steps": 100, "warmup": 10, "learning_rate": 1e-3, "lambda_reg": 0.5}
-    config = train.resolve(train.Config(**options, lr_decay="cosine", lambda_reg_decay=0.04))
+    config = train.Config(**options, lr_decay="cosine", lambda_reg_decay=0.04)
+    train.resolve(config, ALONE)
     assert [train.lambda_reg(config, k) for k in (0, 50, 100)] == pytest.approx([0.5, 0.1, 0.02])
     rates = [train.learning_rate(config, k) for k in (0, 9, 55, 100)]
     assert rates == pytest.approx([1e-4, 1e-3, 5e-4, 0])
-    config = train.resolve(train.Config(dataset="imagenet64", steps=100))
+    config = train.resolve(train.Config(dataset="imagenet64", steps=100), ALONE)
     assert {train.lambda_reg(config, k) for k in (0, 50, 100)} == {0.25}
     assert train.learning_rate(config, 10**5) == 2e-6
 
     state = torch.load(finished_run / "checkpoint.pt", weights_only=True)
     rate_G, rate_fake = (
-        state[name]["param_groups"][0]["lr"] for name in ("optimizer_G", "optimizer_fake")
+        state[name]["optimizer"]["param_groups"][0]["lr"] for name in ("G", "mu_fake")
     )
     assert rate_fake == WORKLOADS["mnist"].fake_lr_ratio * rate_G > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_resume_is_exact(pairs, tmp_path, ema):
-    """6 steps straight = 3 + resume + 3, bit for bit."""
-    options = {**CONSTANT, "ema": ema, "save_every": 3}
-    train.main(tiny_config(pairs, tmp_path / "straight", steps=6, **options))
-    train.main(tiny_config(pairs, tmp_path / "resumed", steps=3, **options))
-    train.main(tiny_config(pairs, tmp_path / "resumed", steps=6, **options))
-    straight, resumed = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-        for name in ("straight", "resumed")
-    )
-    for part in ("G", "mu_fake", "G_ema"):
-        for name, value in straight[part].items():
-            assert torch.equal(value, resumed[part][name]), name
-    first, second = files(tmp_path / "straight"), files(tmp_path / "resumed")
-    assert first["generator.safetensors"] == second["generator.safetensors"]
-    columns = [
-        [[row[c] for c in train.SCALARS] for row in csv.DictReader(text.decode().splitlines())]
-        for text in (first["log.csv"], second["log.csv"])
-    ]
-    assert columns[0] == columns[1] and len(columns[0]) == 6
+@pytest.mark.parametrize("options", [{"ema": 0.9}, {"amp": "fp16"}], ids=str)
+def test_resume_is_exact(pairs, tmp_path, options):
+    """Straight on = half, resume, half, bit for bit: networks, optimisers, fp16's loss scale."""
+    half, size = (1, 2) if "amp" in options else (2, 4)  # fp16 is slow on a CPU
+    options = {**CONSTANT, "save_every": half, "batch_size": size, **options}
+    train.main(tiny_config(pairs, tmp_path / "straight", steps=2 * half, **options))
+    train.main(tiny_config(pairs, tmp_path / "resumed", steps=half, **options))
+    train.main(tiny_config(pairs, tmp_path / "resumed", steps=2 * half, **options))
+    same_run(tmp_path / "straight", tmp_path / "resumed")
+    assert len(scalars(tmp_path / "resumed")) == 2 * half
+    state = torch.load(tmp_path / "resumed/checkpoint.pt", weights_only=True)
+    assert ("G_ema" in state) == (options.get("ema") != 0)
+    assert bool(state["G"]["scaler"]) == (options.get("amp") == "fp16")
+
+
+LONGER = {**TINY, "steps": 6, "save_every": 2}
+
+
+def start(script, options, until):
+    """Start a script with a Config's fields as options, and return once the file exists."""
+    line = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *line], env=ONE_THREAD,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    while not until.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    return process
+
+
+@pytest.fixture(scope="module")
+def straight(pairs, tmp_path_factory):
+    """The folder of a run that nobody interrupts."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train.main(tiny_config(pairs, out, **LONGER))
+    torch.set_num_threads(threads)
+    return out
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_same_command_goes_on_exactly(pairs, tmp_path):
-    arguments = ["--pairs", pairs, "--batch-size", 4, "--batch-size-ref", 4, "--steps", 12]
-    arguments += ["--save-every", 2, "--warmup", 2, "--device", "cpu"]
-
-    def command(out):
-        return [sys.executable, ROOT / "train.py", *map(str, arguments), "--out", str(out)]
-
-    process = subprocess.Popen(
-        command(tmp_path / "stopped"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    while not (tmp_path / "stopped" / "generator.safetensors").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+def test_an_interrupted_run_goes_on_exactly(pairs, tmp_path, straight, one_thread):
+    """A cluster's pre-emption: the step is finished and saved, and the same options go on as if
+    nothing had been. (Ctrl-C takes the same way.)"""
+    out = tmp_path / "run"
+    options = {**LONGER, "pairs": pairs, "out": out}
+    process = start("train.py", options, until=out / "checkpoint.pt")
+    process.send_signal(signal.SIGTERM)
     said, _ = process.communicate()
-    assert process.returncode == 130 and "go on with: python " in said.splitlines()[-1]
+    assert process.returncode == 0 and "go on with: python " in said.splitlines()[-1]
     done = int(said.split("after step ")[1].split(";")[0])
-    assert 2 <= done < 12
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert 2 <= done == state["step"] < 6
 
-    for out in ("stopped", "straight"):
-        subprocess.run(command(tmp_path / out), check=True, capture_output=True)
-    first, second = (files(tmp_path / name) for name in ("straight", "stopped"))
-    assert first["generator.safetensors"] == second["generator.safetensors"]
-    assert first["config.json"] == second["config.json"]
+    train.main(tiny_config(pairs, out, **LONGER))
+    same_run(straight, out)
+    assert (straight / "config.json").read_text() == (out / "config.json").read_text()
+
+
+def test_ctrl_c_ends_with_its_own_code(capsys):
+    received = train.catch_signals()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(SystemExit) as caught:
+        train.leave(received, 3, Ranks(0, 1, torch.device("cpu")))
+    assert caught.value.code == 130 and "saved after step 3" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):  # a second one does not wait for the step's end
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_exactly(pairs, tmp_path, straight, one_thread):
+    """kill -9 at a random moment, in the middle of a step or of a write."""
+    out = tmp_path / "run"
+    options = {**LONGER, "pairs": pairs, "out": out}
+    process = start("train.py", options, until=out / "checkpoint.pt")
+    delay = random.Random().uniform(0, 0.6)
+    time.sleep(delay)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, f"it had ended after {delay} s"
+    train.main(tiny_config(pairs, out, **LONGER))
+    same_run(straight, out)
+
+
+@pytest.mark.slow
+def test_killed_pairs_go_on_exactly(tmp_path, one_thread):
+    """kill -9 after the first shard: the same files in the end, and nothing half-written."""
+    options = {"num_pairs": 24, "steps": 12, "shard_size": 4, "device": "cpu"}
+    make_pairs.main(make_pairs.Config(**options, out=str(tmp_path / "straight")))
+    killed = tmp_path / "killed"
+    until = killed / "shard_00000.safetensors"
+    process = start("make_pairs.py", {**options, "out": killed}, until)
+    process.kill()
+    process.wait()
+    assert not (killed / "preview.png").exists()
+    (killed / ".shard_00005.safetensors.part").write_bytes(b"half a shard")
+    make_pairs.main(make_pairs.Config(**options, out=str(killed)))
+    found = {name: data for name, data in files(killed).items() if not name.startswith(".tmp")}
+    assert found == files(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_keep_leaves_the_newest_checkpoints(pairs, tmp_path):
+    """--keep 2: checkpoint.pt and the newest two under the names of their steps, which stay as they
+    were when the run goes on."""
+    out, options = tmp_path / "run", {**CONSTANT, "save_every": 1, "keep": 2}
+    train.main(tiny_config(pairs, out, steps=2, **options))
+    before = files(out)
+    train.main(tiny_config(pairs, out, steps=3, **options))
+    after = files(out)
+    for stem, suffix in (("checkpoint", "pt"), ("generator", "safetensors")):
+        kept = {name for name in after if name.startswith(stem)}
+        numbered = [f"{stem}_{step:06d}.{suffix}" for step in (2, 3)]
+        assert kept == {f"{stem}.{suffix}", *numbered}
+        assert after[numbered[0]] == before[f"{stem}.{suffix}"] == before[numbered[0]]
+        assert after[numbered[1]] == after[f"{stem}.{suffix}"] != before[f"{stem}.{suffix}"]
+
+
+@pytest.mark.slow
+def test_going_back_to_an_older_checkpoint(pairs, tmp_path):
+    """Its copy over checkpoint.pt is all it takes; the steps after it are done again."""
+    out, options = tmp_path / "run", {**CONSTANT, "save_every": 1, "keep": 3}
+    train.main(tiny_config(pairs, out, steps=3, **options))
+    whole = shutil.copytree(out, tmp_path / "whole")
+    shutil.copyfile(out / "checkpoint_000002.pt", out / "checkpoint.pt")
+    steps = []
+    original = train.training_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "training_step", lambda r, k: (steps.append(k), original(r, k))[1])
+        train.main(tiny_config(pairs, out, steps=3, **options))
+    assert steps == [2]  # the third
+    same_run(whole, out)
+    checkpoints = [torch.load(out / f"checkpoint_00000{k}.pt")["step"] for k in (1, 2, 3)]
+    assert checkpoints == [1, 2, 3]
+
+
+# --------------------------------------------------------------------------------------------------
+# Half precision
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_computes_the_same(pairs, tmp_path, amp):
+    """The first steps' losses, to 1 %. (loss_kl starts as 0, where rounding is all there is.)"""
+    for name in ("off", amp):
+        train.main(tiny_config(pairs, tmp_path / name, steps=2, amp=name))
+    one, two = (torch.tensor([[float(x) for x in row] for row in scalars(tmp_path / name)])
+                for name in ("off", amp))  # fmt: skip
+    assert not torch.equal(one, two)
+    torch.testing.assert_close(two[:, 1:3], one[:, 1:3], rtol=1e-2, atol=0)
+    torch.testing.assert_close(two[:, 0], one[:, 0], rtol=1e-1, atol=1e-2)
+    G, _ = load_generator(tmp_path / amp / "generator.safetensors")
+    assert {p.dtype for p in G.parameters()} == {torch.float32}
+
+
+def update_of(amp):
+    """A network of one layer, and the Update that trains it."""
+    torch.manual_seed(0)
+    network = torch.nn.Linear(3, 1)
+    config = train.resolve(train.Config(amp=amp), ALONE)
+    return network, train.Update(network, config, ALONE)
+
+
+def test_an_overflow_under_fp16_skips_the_step():
+    """An infinite gradient is no step: weights and AdamW's count stay, the scale is lowered."""
+    network, update = update_of("fp16")
+    x, before = torch.ones(2, 3), copy.deepcopy(network.state_dict())
+    scale = update.scaler.get_scale()
+    update.backward(1e36 * network(x).sum())
+    assert not update.step(1e-3).isfinite()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(state["step"] == 0 for state in update.optimizer.state.values())
+    assert update.scaler.get_scale() == scale / 2
+
+    update.backward(network(x).sum())
+    norm = update.step(1e-3)  # of the true gradient, not of the scaled one: |(2, 2, 2, 2)|
+    assert norm.item() == pytest.approx(4.0)
+    assert not torch.equal(network.weight, before["weight"]) and network.weight.isfinite().all()
+
+
+def test_gradients_are_clipped_to_the_norm():
+    """With and without fp16's scale. The gradient is looked at, for AdamW would not notice."""
+    for amp in ("off", "fp16"):
+        network, update = update_of(amp)
+        seen = []
+        update.optimizer.register_step_pre_hook(
+            lambda *_, net=network, seen=seen: seen.append(net.weight.grad.clone())
+        )
+        update.backward(100 * network(torch.ones(1, 3)).sum())
+        assert update.step(1e-3).item() == pytest.approx(200.0)
+        torch.testing.assert_close(seen[0], torch.full((1, 3), 5.0), rtol=1e-4, atol=0)
+        assert network.weight.grad is None
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_stops_the_run(value):
+    """Except fp16's gradients, which the scaler takes care of."""
+    for amp in ("off", "bf16", "fp16"):
+        log = Log(train.resolve(train.Config(amp=amp), ALONE), ALONE, 0, [])
+        for at, name in enumerate(SCALARS):
+            row = [value if i == at else 1.0 for i in range(5)]
+            if amp == "fp16" and name in ("grad_norm_G", "grad_norm_fake"):
+                log.check(0, row)
+                continue
+            with pytest.raises(UserError, match=rf"{name} is {value} at step 1"):
+                log.check(0, row)
+
+
+def test_an_infinite_gradient_stops_the_run(pairs, tmp_path, monkeypatch):
+    """The loss is 0, its gradient is not: nothing is saved of what the step made of the weights."""
+    monkeypatch.setattr(train, "l2_distance", lambda x, y: 1e37 * (x - x.detach()))
+    with pytest.raises(UserError, match=r"grad_norm_G is (nan|inf) at step 1"):
+        train.main(tiny_config(pairs, tmp_path / "run", steps=1))
+    assert set(files(tmp_path / "run")) == {"config.json"}
+
+
+# --------------------------------------------------------------------------------------------------
+# The losses that take part
 
 
 def test_lpips_trains(pairs, tmp_path, monkeypatch):
     """A step with the real LPIPS on a random VGG; it is no distance of its own weights' making."""
     monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
-    config = train.resolve(tiny_config(pairs, tmp_path / "run", steps=1, distance="lpips"))
+    config = train.resolve(tiny_config(pairs, tmp_path / "run", steps=1, distance="lpips"), ALONE)
     distance = train.choose_distance(config, torch.device("cpu"))
     x, y = torch.randn(2, 1, 28, 28, requires_grad=True), torch.randn(2, 1, 28, 28)
     torch.testing.assert_close(distance(y, y), torch.zeros(2, 1, 1, 1))
@@ -249,24 +466,67 @@ def test_lpips_without_its_weights(pairs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("weight", "loss"),
-    [("lambda_dm", "distribution_matching_loss"), ("lambda_reg", "regression_loss")],
+    ("weight", "losses"),
+    [
+        ("lambda_dm", ["distribution_matching_loss", "denoising_loss"]),
+        ("lambda_reg", ["regression_loss"]),
+    ],
 )
-def test_table_2s_ablations(pairs, tmp_path, monkeypatch, weight, loss):
-    """A loss of weight 0 has no say: three times the loss trains the same generator."""
-    original = getattr(train, loss)
+def test_table_2s_ablations(pairs, tmp_path, monkeypatch, weight, losses):
+    """A loss of weight 0 has no say, and costs nothing: it is not computed, nor are its samples."""
+
+    def never(*_, **__):
+        raise AssertionError("computed in vain")
+
+    batches = []
+    original = train.draw_batch
+
+    def spy(*arguments):
+        batches.append(original(*arguments))
+        return batches[-1]
+
+    for name in losses:
+        monkeypatch.setattr(train, name, never)
+    monkeypatch.setattr(train, "draw_batch", spy)
+    train.main(tiny_config(pairs, tmp_path / "run", steps=2, **{weight: 0.0}))
+    counts = {(len(batch.z), len(batch.z_ref)) for batch in batches}
+    assert counts == {(0, 4) if weight == "lambda_dm" else (4, 0)}
+    changed = [SCALARS[i] for i in range(5) if float(scalars(tmp_path / "run")[1][i])]
+    assert changed == (
+        ["loss_reg", "grad_norm_G"]
+        if weight == "lambda_dm"
+        else ["loss_kl", "loss_denoise", "grad_norm_G", "grad_norm_fake"]
+    )
+
+
+@pytest.mark.parametrize("weight", ["lambda_dm", "lambda_reg"])
+def test_both_losses_count(pairs, tmp_path, monkeypatch, weight):
+    """The counterpart: with their weights, either one changes the generator."""
+    name = {"lambda_dm": "distribution_matching_loss", "lambda_reg": "regression_loss"}[weight]
+    original = getattr(train, name)
 
     def tripled(*arguments, **options):
         result = original(*arguments, **options)
         return (3 * result[0], result[1]) if isinstance(result, tuple) else 3 * result
 
     def generator(out):
-        train.main(tiny_config(pairs, tmp_path / out, steps=2, **{weight: 0.0}))
+        train.main(tiny_config(pairs, tmp_path / out, steps=2))
         return (tmp_path / out / "generator.safetensors").read_bytes()
 
     first = generator("once")
-    monkeypatch.setattr(train, loss, tripled)
-    assert generator("tripled") == first
+    monkeypatch.setattr(train, name, tripled)
+    assert generator("tripled") != first
+
+
+def test_lpips_is_not_loaded_in_vain(pairs, tmp_path, monkeypatch):
+    """Without the regression its half gigabyte of VGG is neither downloaded nor kept in memory."""
+
+    def never(**_):
+        raise AssertionError("loaded in vain")
+
+    monkeypatch.setattr(lpips, "LPIPS", never)
+    options = {"steps": 1, "distance": "lpips", "lambda_reg": 0.0}
+    train.main(tiny_config(pairs, tmp_path / "run", **options))
 
 
 @pytest.mark.parametrize("weighting", ["alg2", "dreamfusion", "prolificdreamer"])
@@ -334,7 +594,10 @@ def test_other_pairs_are_another_run(finished_run, pairs, tmp_path):
     ("option", "message"),
     [({"steps": 0}, "--steps"), ({"ema": 1.0}, "--ema"), ({"lambda_reg": -1.0}, "--lambda-reg"),
      ({"learning_rate": float("nan")}, "--learning-rate"),
-     ({"lambda_reg_decay": 0.0}, "--lambda-reg-decay")],
+     ({"lambda_reg_decay": 0.0}, "--lambda-reg-decay"), ({"seed": -1}, "--seed"),
+     ({"accumulate": 0}, "--accumulate"), ({"keep": 0}, "--keep"),
+     ({"max_dm_step": 20}, "--max-dm-step"), ({"max_dm_step": 1001}, "--max-dm-step"),
+     ({"lambda_dm": 0.0, "lambda_reg": 0.0}, "nothing to learn")],
 )  # fmt: skip
 def test_options_out_of_range(pairs, tmp_path, option, message):
     with pytest.raises(UserError, match=message):
@@ -364,14 +627,22 @@ def test_pairs_that_cannot_be_used(pairs, tmp_path):
     with pytest.raises(UserError, match=r"shard_00001.* is damaged"):
         start(folder)
 
-    for name, change in {
-        "dataset": {"dataset": "cifar10"},
-        "teacher": {"teacher": {"name": "x", "sha256": "0"}},
-    }.items():
+    folder = shutil.copytree(pairs, tmp_path / "short")
+    tensors, metadata = read_tensors(folder / "shard_00000.safetensors")
+    short = {name: value[:5] for name, value in tensors.items()}
+    write_tensors(folder / "shard_00000.safetensors", short, metadata)
+    with pytest.raises(UserError, match="holds 5 pairs instead of 8"):
+        start(folder)
+
+    meta = json.loads((pairs / "meta.json").read_text())
+    for name, change, message in (
+        ("dataset", {"dataset": "cifar10"}, "are of cifar10, not of mnist"),
+        ("teacher", {"teacher": {"name": "x", "sha256": "0"}}, "made with another teacher than"),
+        ("meta", {"shard_size": None}, r"is not one of make_pairs\.py's"),
+    ):
         folder = shutil.copytree(pairs, tmp_path / name)
-        meta = json.loads((folder / "meta.json").read_text())
         (folder / "meta.json").write_text(json.dumps(meta | change))
-        with pytest.raises(UserError, match="another teacher or dataset"):
+        with pytest.raises(UserError, match=message):
             start(folder)
 
     (folder / "meta.json").write_text('{"dataset": "mn')

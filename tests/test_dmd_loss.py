@@ -34,6 +34,11 @@ class GaussianDenoiser:
         return self.mean + gain * (x_t - alpha_t * self.mean)
 
 
+def drawn(x, T):
+    """Any t and noise for samples x, as the losses take them."""
+    return {"t": torch.randint(T, (len(x),)), "noise": torch.randn(x.shape, dtype=x.dtype)}
+
+
 def log_density(x_t, mean, std, alpha_t, sigma_t):
     variance = (alpha_t * std) ** 2 + sigma_t**2
     return -((x_t - alpha_t * mean) ** 2) / (2 * variance)
@@ -109,19 +114,21 @@ def test_weightings_in_terms_of_the_predictions(table):
 
 
 def test_surrogate_gradient_is_algorithm_2s():
-    """d loss / d x = (p_fake - p_real) / mean|x - p_real| / (B C H W)."""
+    """d loss / d x = (p_fake - p_real) / mean|x - p_real| / (B C H W), at the given t and noise."""
     x = torch.randn(6, 2, 4, 4, requires_grad=True)
     mu_real = GaussianDenoiser(0.3, 0.5, TABLES["edm"], torch.float32)
     mu_fake = GaussianDenoiser(-0.4, 0.2, TABLES["edm"], torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    loss, info = dmd_loss.distribution_matching_loss(mu_real, mu_fake, x, None, generator=generator)
+    t, noise = torch.tensor([20, 150, 300, 500, 700, 979]), torch.randn(x.shape)
+    loss, info = dmd_loss.distribution_matching_loss(mu_real, mu_fake, x, None, t=t, noise=noise)
     loss.backward()
 
-    x_t, t = mu_real.calls[0]
-    assert torch.equal(t, info["t"]) and torch.equal(x_t, mu_fake.calls[0][0])
+    x_t = x.detach() + dmd_loss.at(mu_real.sigma, t) * noise
+    for mu in (mu_real, mu_fake):
+        assert torch.equal(mu.calls[0][0], x_t) and torch.equal(mu.calls[0][1], t)
     p_real, p_fake = mu_real(x_t, t), mu_fake(x_t, t)
     weight = (x.detach() - p_real).abs().mean(dim=(1, 2, 3), keepdim=True)
     grad = (p_fake - p_real) / weight
+    torch.testing.assert_close(info["grad"], grad, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(x.grad, grad / x.numel(), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(loss, 0.5 * grad.square().mean(), rtol=1e-3, atol=1e-6)
 
@@ -129,7 +136,7 @@ def test_surrogate_gradient_is_algorithm_2s():
 def test_gradient_vanishes_when_fake_is_real():
     x = torch.randn(4, 1, 3, 3, requires_grad=True)
     mu = GaussianDenoiser(0.3, 0.5, TABLES["sd"], torch.float32)
-    loss, _ = dmd_loss.distribution_matching_loss(mu, mu, x, None)
+    loss, _ = dmd_loss.distribution_matching_loss(mu, mu, x, None, **drawn(x, 1000))
     loss.backward()
     assert loss == 0 and not x.grad.any()
 
@@ -160,13 +167,13 @@ def test_no_gradient_crosses_the_boundaries():
     torch.nn.init.constant_(G.mu.b, 0.7)
     x = G(torch.randn(8, 1, 2, 2))
 
-    loss, _ = dmd_loss.distribution_matching_loss(mu_real, mu_fake, x, None)
+    loss, _ = dmd_loss.distribution_matching_loss(mu_real, mu_fake, x, None, **drawn(x, 4))
     loss.backward(retain_graph=True)
     assert G.mu.b.grad.abs().sum() > 0
     assert all(p.grad is None for mu in (mu_real, mu_fake) for p in mu.parameters())
 
     G.zero_grad(set_to_none=True)
-    dmd_loss.denoising_loss(mu_fake, x, None).backward()
+    dmd_loss.denoising_loss(mu_fake, x, None, **drawn(x, 4)).backward()
     assert mu_fake.b.grad.abs().sum() > 0
     assert all(p.grad is None for p in [*G.parameters(), *mu_real.parameters()])
 
@@ -176,9 +183,9 @@ def test_minimising_the_denoising_loss_gives_the_posterior_mean(sigma_data):
     """The loss is quadratic in (a, b), so one Newton step finds its minimum."""
     mean, std = 0.4, 0.6
     mu = linear_denoiser().double()
-    x = mean + std * torch.randn(
-        400_000, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    torch.manual_seed(0)
+    x = mean + std * torch.randn(400_000, 1, 1, 1, dtype=torch.float64)
+    given = drawn(x, len(mu.sigma))
 
     def loss(parameters):
         denoiser = GaussianDenoiser(None, None, (mu.alpha, mu.sigma))
@@ -188,10 +195,7 @@ def test_minimising_the_denoising_loss_gives_the_posterior_mean(sigma_data):
         def at_level(table):
             return dmd_loss.at(table, denoiser.calls[-1][1])
 
-        generator = torch.Generator().manual_seed(1)
-        return dmd_loss.denoising_loss(
-            denoiser, x, None, sigma_data=sigma_data, generator=generator
-        )
+        return dmd_loss.denoising_loss(denoiser, x, None, sigma_data=sigma_data, **given)
 
     zero = torch.zeros(8, dtype=torch.float64, requires_grad=True)
     hessian = torch.autograd.functional.hessian(loss, zero)
@@ -205,32 +209,44 @@ def test_minimising_the_denoising_loss_gives_the_posterior_mean(sigma_data):
 @pytest.mark.parametrize("sigma_data", [0.5, None])
 def test_denoising_weight(sigma_data):
     """A denoiser that is off by a constant c costs mean_t(weight_t) c^2."""
-    seen = []
 
     class Off(LinearDenoiser):
         def forward(self, x_t, t, cond=None):
-            seen.append(t)
             return x + 0.1
 
     mu = Off([1.0, 0.8], [0.1, 0.6])
     x = torch.randn(64, 1, 2, 2)
-    loss = dmd_loss.denoising_loss(mu, x, None, sigma_data=sigma_data)
-    snr = torch.tensor([100.0, 0.64 / 0.36])[seen[0]]
+    given = drawn(x, 2)
+    loss = dmd_loss.denoising_loss(mu, x, None, sigma_data=sigma_data, **given)
+    snr = torch.tensor([100.0, 0.64 / 0.36])[given["t"]]
     weight = snr if sigma_data is None else snr + 4
     torch.testing.assert_close(loss, weight.mean() * 0.01, rtol=1e-4, atol=0)
 
 
-def test_noise_levels_are_drawn_from_the_papers_ranges():
-    """KL: t in 0.02 T .. 0.98 T; denoising: all of them."""
-    x = torch.zeros(20_000, 1, 1, 1)
-    mu = GaussianDenoiser(0.3, 0.5, TABLES["edm"], torch.float32)
-    t = dmd_loss.distribution_matching_loss(mu, mu, x, None)[1]["t"]
-    assert (t.min(), t.max()) == (20, 979)
-    t = dmd_loss.distribution_matching_loss(mu, mu, x, None, max_step=0.5)[1]["t"]
-    assert (t.min(), t.max()) == (20, 499)
-    dmd_loss.denoising_loss(mu, x, None)
-    t = mu.calls[-1][1]
-    assert (t.min(), t.max()) == (0, 999)
+def test_denoising_happens_at_the_given_noise():
+    """Eq. 3 for mu_fake: what it sees is alpha_t x + sigma_t noise, and it is told that t."""
+    mu = GaussianDenoiser(0.3, 0.5, TABLES["sd"], torch.float32)
+    x = torch.randn(5, 1, 2, 2)
+    given = drawn(x, 1000)
+    dmd_loss.denoising_loss(mu, x, None, **given)
+    x_t, t = mu.calls[0]
+    alpha_t, sigma_t = (table[given["t"]].reshape(5, 1, 1, 1) for table in (mu.alpha, mu.sigma))
+    assert torch.equal(t, given["t"])
+    torch.testing.assert_close(x_t, alpha_t * x + sigma_t * given["noise"])
+
+
+def test_noise_levels_are_the_papers_ranges():
+    """KL: t in 0.02 T .. 0.98 T; denoising: all of them; every level as often as any other."""
+    u = torch.arange(96_000, dtype=torch.float64) / 96_000
+    u[-1] = 1 - 2**-53  # the largest that torch.rand gives
+    for t, levels in (
+        (dmd_loss.dm_noise_levels(u, 1000), range(20, 980)),
+        (dmd_loss.dm_noise_levels(u, 1000, max_step=500), range(20, 500)),
+        (dmd_loss.all_noise_levels(u, 1000), range(1000)),
+    ):
+        count = torch.bincount(t, minlength=1000)
+        assert (t.min(), t.max()) == (levels[0], levels[-1]) and t.dtype == torch.long
+        assert (count[list(levels)] - 96_000 / len(levels)).abs().max() <= 1
 
 
 def test_losses_are_float32_for_half_precision_networks():
@@ -241,9 +257,10 @@ def test_losses_are_float32_for_half_precision_networks():
 
     half.alpha, half.sigma = mu.alpha, mu.sigma
     x = torch.randn(4, 1, 2, 2, dtype=torch.bfloat16)
-    loss, info = dmd_loss.distribution_matching_loss(half, half, x, None)
+    given = drawn(x.float(), 1000)
+    loss, info = dmd_loss.distribution_matching_loss(half, half, x, None, **given)
     assert loss.dtype == info["grad"].dtype == torch.float32
-    assert dmd_loss.denoising_loss(half, x, None).dtype == torch.float32
+    assert dmd_loss.denoising_loss(half, x, None, **given).dtype == torch.float32
     assert dmd_loss.regression_loss(x, x, dmd_loss.l2_distance).dtype == torch.float32
     assert mu.calls[0][0].dtype == torch.float32  # x_t: small sigmas would vanish in bfloat16
 

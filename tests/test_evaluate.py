@@ -1,52 +1,43 @@
-"""The evaluation's figures against closed forms, and the shipped assets against their claims."""
+"""The evaluation's figures against closed forms and against EDM's steps, one image at a time; the
+shipped assets against their claims."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+import test_fid
 import torch
+from conftest import ROOT
 
 import evaluate
-from edm_unet import heun_sample
+import fid
+import mnist_classifier
+import teachers
+from devices import Ranks
+from edm_unet import EDMPrecond, heun_sample
+from edm_weights import EDM_ARCHITECTURES
 from pairs import sample_noise
-from workloads import ASSETS, MNIST_GENERATOR, load_generator, load_teacher
+from rundir import UserError, read_header, write_tensors
+from teachers import load_generator, load_teacher
+from workloads import ASSETS, MNIST_GENERATOR
 
 CPU = torch.device("cpu")
+random_weights = test_fid.random_weights  # a fixture: a file like that of Inception's weights
 
 
-def random_covariance(seed, size=6):
-    a = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return a @ a.T
-
-
-def test_frechet_distance_of_diagonal_gaussians():
-    """With commuting covariances it is |m1 - m2|^2 + |std_1 - std_2|^2."""
-    m1, m2, s1, s2 = torch.rand(4, 6, dtype=torch.float64).unbind(0)
-    found = evaluate.frechet_distance(m1, torch.diag(s1**2), m2, torch.diag(s2**2))
-    assert found == pytest.approx(float(((m1 - m2) ** 2).sum() + ((s1 - s2) ** 2).sum()))
-
-
-def test_frechet_distance_against_the_matrix_root_of_the_product():
-    """tr (C1 C2)^(1/2) by the eigenvalues of the unsymmetric product itself."""
-    c1, c2, zero = random_covariance(1), random_covariance(2), torch.zeros(6, dtype=torch.float64)
-    root = torch.linalg.eigvals(c1 @ c2).sqrt().real.sum()
-    expected = float(c1.trace() + c2.trace() - 2 * root)
-    assert evaluate.frechet_distance(zero, c1, zero, c2) == pytest.approx(expected, rel=1e-6)
-    assert evaluate.frechet_distance(zero, c1, zero, c1) == pytest.approx(0, abs=1e-8)
+# --------------------------------------------------------------------------------------------------
+# MNIST
 
 
 def test_diversity_is_the_mean_pairwise_distance_within_classes():
     images = torch.tensor([0.0, 3.0, 6.0, 10.0, 14.0]).reshape(5, 1, 1, 1)
     labels = torch.tensor([0, 0, 0, 1, 1])
     expected = ((3 + 3 + 6) / 3 + 4) / 2
-    assert evaluate.class_diversity(images, labels) == pytest.approx(expected)
-
-
-def test_statistics_are_those_of_numpy():
-    features = torch.randn(50, 3)
-    mean, covariance = evaluate.mean_and_covariance(features)
-    torch.testing.assert_close(mean.float(), features.mean(0))
-    centred = (features - features.mean(0)).double()
-    torch.testing.assert_close(covariance, centred.T @ centred / 49, rtol=1e-5, atol=1e-6)
+    assert mnist_classifier.class_diversity(images, labels) == pytest.approx(expected)
 
 
 @pytest.mark.slow
@@ -57,10 +48,10 @@ def test_shipped_networks_make_digits(who):
     z = sample_noise(5, range(200), (1, 28, 28))
     with torch.inference_mode():
         if who == "teacher":
-            images = heun_sample(load_teacher("mnist", None)[0].net, z, labels, steps=12)
+            images = load_teacher("mnist", None).solve(z, labels, 12)
         else:
             images = load_generator(MNIST_GENERATOR)[0](z, labels)
-    _, predictions = evaluate.classify(evaluate.load_classifier(CPU), images, CPU)
+    _, predictions = mnist_classifier.classify(mnist_classifier.load_classifier(CPU), images, CPU)
     assert (predictions == labels).double().mean() >= 0.95
 
 
@@ -69,4 +60,251 @@ def test_shipped_files_are_small_and_say_what_they_are():
     assert sum(sizes.values()) < 5_000_000
     _, metadata = load_generator(MNIST_GENERATOR)
     assert json.loads(metadata["kwargs"])["img_resolution"] == 28
-    assert metadata["teacher_sha256"] == load_teacher("mnist", None)[1]["sha256"]
+    assert metadata["teacher_sha256"] == load_teacher("mnist", None).record["sha256"]
+
+
+def test_ranks_share_the_digits(monkeypatch):
+    """Three ranks' images add up to those of one process: of noise k and of class k mod 10."""
+    config = evaluate.Config(checkpoint=str(MNIST_GENERATOR), rows=("student",), device="cpu")
+    _, (row,) = evaluate.load_rows(config, CPU)
+    config = evaluate.Config(samples=23, batch_size=5, seed=3)
+    parts = []
+    monkeypatch.setattr(evaluate.dist, "all_reduce", lambda images: parts.append(images.clone()))
+    whole, labels = evaluate.sample_digits(row, config, Ranks(0, 1, CPU))
+    for rank in range(3):
+        evaluate.sample_digits(row, config, Ranks(rank, 3, CPU))
+    assert ((whole.add(1) * 127.5 - sum(part.int() for part in parts)).abs() < 1.01).all()
+
+    assert labels.tolist() == [k % 10 for k in range(23)]
+    with torch.inference_mode():
+        expected = row.draw(sample_noise(3, [17], (1, 28, 28)), torch.tensor([7]))
+    torch.testing.assert_close(whole[17:18], expected.clamp(-1, 1), rtol=0, atol=0.01)
+
+
+# --------------------------------------------------------------------------------------------------
+# FID
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """A generator of CIFAR-10's shape with small random weights -> its file, its network."""
+    kwargs = EDM_ARCHITECTURES["cifar10"] | {
+        "model_channels": 16, "num_blocks": 1, "channel_mult": [1, 1], "attn_resolutions": [],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    net = EDMPrecond(**kwargs).eval().requires_grad_(False)
+    for weight in net.parameters():
+        weight.copy_(torch.randn_like(weight) * 0.2)  # the last layer starts at zero
+    path = tmp_path_factory.mktemp("cifar") / "generator.safetensors"
+    metadata = {"role": "generator", "dataset": "cifar10", "kwargs": json.dumps(net.kwargs)}
+    write_tensors(path, net.state_dict(), metadata | {"step": 7})
+    return path, net
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Statistics of no images in particular, in EDM's layout."""
+    path = tmp_path_factory.mktemp("reference") / "ref.npz"
+    np.savez(path, mu=np.full(fid.FEATURES, 0.3), sigma=np.eye(fid.FEATURES) * 0.01)
+    return path
+
+
+def edm_images(net, seeds, steps=None):
+    """EDM's generate.py, one image at a time; of steps None, the one-step generator of Section 3.1.
+
+    Returns uint8 (N, 3, 32, 32).
+    """
+    images = []
+    for seed in seeds:
+        generator = torch.Generator("cpu").manual_seed(int(seed) % (1 << 32))
+        latents = torch.randn([1, 3, 32, 32], generator=generator)
+        label = torch.eye(10)[torch.randint(10, size=[1], generator=generator)]
+        if steps is None:
+            image = net(80.0 * latents, 80.0, label)
+        else:
+            image = heun_sample(net, latents, label, steps)
+        images.append((image * 127.5 + 128).clip(0, 255).to(torch.uint8))
+    return torch.cat(images)
+
+
+def torchrun(ranks, *arguments):
+    """`torchrun --nproc-per-node N evaluate.py ...` on a free port."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks,
+        "--master-port", port, ROOT / "evaluate.py", *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_fid_on_two_ranks_is_edms(cifar, reference, random_weights, tmp_path):
+    """By command, against EDM's steps here: seeds that pass 2^32, two ranks, uneven shares."""
+    path, net = cifar
+    start, statistics, numbers = 2**32 - 4, tmp_path / "s.safetensors", tmp_path / "n.json"
+    result = torchrun(
+        2, "--checkpoint", path, "--samples", 7, "--batch-size", 2, "--seed-start", start,
+        "--reference", reference, "--inception", random_weights, "--device", "cpu",
+        "--statistics", statistics, "--json", numbers,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+    images = edm_images(net, range(start, start + 7))
+    features = fid.inception_features(images, fid.inception(random_weights, "cpu"))
+    mu, sigma = fid.mean_and_covariance(features)
+    # A rounding to uint8 may fall the other way, which moves the features a little.
+    found = fid.read_reference(statistics)
+    assert (found[0] - mu).norm() < 1e-4 * mu.norm()
+    assert (found[1] - sigma).norm() < 1e-3 * sigma.norm()
+    expected = fid.frechet_distance(mu, sigma, *fid.read_reference(reference))
+    assert json.loads(numbers.read_text())["student"]["fid"] == pytest.approx(expected, rel=1e-4)
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("student: FID ") and last.endswith(" (7 images)")
+    assert float(last.split()[2]) == pytest.approx(expected, rel=1e-4, abs=0.01)
+    assert result.stdout.count("student: FID") == 1  # rank 0 alone prints
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """A small network in Inception's place, and a distance that takes no roots of matrices."""
+    monkeypatch.setattr(evaluate, "inception", lambda weights, device: test_fid.Projection())
+    monkeypatch.setattr(
+        evaluate, "frechet_distance", lambda m1, c1, m2, c2: float((m1 - m2).square().sum())
+    )
+
+
+def fid_config(cifar, ref, /, **options):
+    config = {"checkpoint": str(cifar[0]), "reference": str(ref), "samples": 9}
+    return evaluate.Config(**config | {"device": "cpu"} | options)
+
+
+@pytest.mark.parametrize(
+    ("row", "batch_size", "steps", "evaluations"),
+    [
+        ("student", 2, None, 1),
+        ("student", 9, None, 1),
+        ("teacher", 4, 3, 5),
+        ("untrained", 9, 1, 1),
+    ],
+)
+def test_images_are_edms_in_any_batch(
+    cifar, reference, fast, tmp_path, row, batch_size, steps, evaluations
+):
+    """All rows; the teacher takes 3 Heun steps, and one is the untrained student."""
+    (path, net), kept = cifar, tmp_path / "kept.safetensors"
+    config = fid_config(
+        cifar, reference, rows=(row,), teacher_weights=str(path), steps=3, batch_size=batch_size,
+        statistics=str(kept),
+    )  # fmt: skip
+    evaluate.main(config)
+    features = fid.inception_features(edm_images(net, range(9), steps), test_fid.Projection())
+    expected = fid.mean_and_covariance(features)
+    torch.testing.assert_close(fid.read_reference(kept), expected, rtol=1e-3, atol=1e-5)
+    assert read_header(kept)[1]["evaluations"] == str(evaluations)
+
+
+def test_a_teacher_needs_no_generator(cifar, reference, fast, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "find_generator", lambda given: MNIST_GENERATOR)
+    with pytest.raises(UserError, match="makes mnist, not cifar10"):
+        evaluate.main(evaluate.Config(dataset="cifar10", device="cpu"))  # the student does
+    monkeypatch.setattr(evaluate, "find_generator", None)
+    options = {"dataset": "cifar10", "teacher_weights": str(cifar[0]), "steps": 1, "teacher": True}
+    evaluate.main(fid_config(cifar, reference, **options | {"checkpoint": None}))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("generator.safetensors: evaluations 1, seeds 0-8, vs. ")
+    assert lines[-1].startswith("teacher: FID ") and lines[-1].endswith(" (9 images)")
+
+
+def test_kept_statistics_are_reused_for_the_same_images_alone(
+    cifar, reference, fast, monkeypatch, tmp_path, capsys
+):
+    kept = tmp_path / "kept.safetensors"
+    config = fid_config(cifar, reference, statistics=str(kept))
+    evaluate.main(config)
+    first, before = capsys.readouterr().out, kept.read_bytes()
+    assert read_header(kept)[1]["seeds"] == "0-8"
+
+    monkeypatch.setattr(evaluate, "inception", None)  # and nothing is drawn
+    monkeypatch.setattr(evaluate, "sample_statistics", None)
+    evaluate.main(config)
+    assert capsys.readouterr().out == first
+    other = tmp_path / "inception.pth"
+    other.write_bytes(b"other weights")
+    for options, word in (
+        ({"seed_start": 9}, "another seeds;"),
+        ({"samples": 8}, "another count, seeds;"),
+        ({"amp": "bf16"}, "another amp;"),
+        ({"inception": str(other)}, "another inception;"),
+        ({"rows": ("untrained",), "teacher_weights": str(cifar[0])}, "another row;"),
+        ({"statistics": str(cifar[0])}, "another row, weights"),
+    ):
+        with pytest.raises(UserError, match=word):
+            evaluate.main(fid_config(cifar, reference, **{"statistics": str(kept)} | options))
+    kept.write_bytes(before[:1000])
+    with pytest.raises(UserError, match="not a complete safetensors"):
+        evaluate.main(config)
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"rows": ("pupil",)}, "unknown row 'pupil'; known: student"),
+        ({"rows": ("student",), "teacher": True}, "give one of them"),
+        ({"steps": 0}, "--steps must be at least 1, not 0"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"samples": 1}, "--samples must be at least 2, not 1"),
+        ({"seed_start": -1}, "--seed-start must be at least 0"),
+        ({"seed": 5}, "--seed is not for cifar10"),
+        ({"inception": "no.pth"}, "no.pth does not exist"),
+        ({"reference": "no.npz"}, "no.npz does not exist"),
+        ({"checkpoint": "no.pt"}, "no.pt does not exist"),
+        ({"dataset": "mnist"}, "makes cifar10, not mnist"),
+        ({"dataset": "cifar10", "checkpoint": str(MNIST_GENERATOR)}, "makes mnist, not cifar10"),
+        ({"statistics": "s.npz"}, "must be a .safetensors file"),
+        ({"statistics": "s.safetensors", "rows": ("student", "teacher")}, "of one row"),
+        ({"rows": ("teacher",), "teacher_weights": "no.pkl"}, "no.pkl does not exist"),
+        ({"device": "gpu7"}, "'gpu7' cannot be used"),
+    ],
+)
+def test_bad_input(options, word, cifar, reference, fast):
+    with pytest.raises(UserError, match=word) as raised:
+        evaluate.main(fid_config(cifar, reference, **options))
+    assert "\n" not in str(raised.value)
+
+
+def test_what_mnist_does_not_have():
+    for options, word in (
+        ({"reference": "ref.npz"}, "--reference is not for mnist"),
+        ({"statistics": "s.safetensors"}, "--statistics is not for mnist"),
+        ({"samples": 199}, "--samples must be at least 200"),
+    ):
+        with pytest.raises(UserError, match=word):
+            evaluate.main(
+                evaluate.Config(checkpoint=str(MNIST_GENERATOR), rows=("student",), **options)
+            )
+
+
+def test_text_to_image_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    path = tmp_path / "unet.safetensors"
+    write_tensors(path, {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, {})
+    monkeypatch.setattr(teachers, "load_sd_generator", None)
+    for options in ({"checkpoint": str(path)}, {"dataset": "sd15", "teacher": True}):
+        with pytest.raises(UserError, match=r"COCO.*sample\.py.*clean-fid"):
+            evaluate.main(evaluate.Config(device="cpu", **options))
+
+
+def test_images_that_are_no_numbers(cifar, reference, fast, tmp_path):
+    path, net = cifar
+    tensors = {name: value * torch.nan for name, value in net.state_dict().items()}
+    write_tensors(tmp_path / "nan.safetensors", tensors, read_header(path)[1])
+    with pytest.raises(UserError, match=r"nan\.safetensors \(step 7\) gives NaN"):
+        evaluate.main(fid_config((tmp_path / "nan.safetensors", net), reference))

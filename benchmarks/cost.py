@@ -1,0 +1,96 @@
+"""What the paper's runs cost, from arithmetic alone: no weights, no GPU.
+
+    python benchmarks/cost.py
+    python benchmarks/cost.py --tflops 989 --utilisation 0.4        H100, dense bfloat16
+
+Every network is built on the meta device (no memory) and its floating-point operations are counted.
+A step costs 11 forwards of B images when B images are paired and B are not (benchmarks/step.py says
+why), in general 3 (B + R) for G, and 5 for mu_real and mu_fake on the K images of the KL gradient;
+guidance doubles mu_real; LPIPS costs 4 forwards of VGG on R images. Gradient checkpointing adds one
+forward of G and of mu_fake. "GPU days" are for one GPU at the given share of its peak.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import vgg16
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from edm_unet import EDMPrecond
+from edm_weights import EDM_ARCHITECTURES
+from rundir import option, run_script
+from sd_loader import SD15, UNet
+from workloads import MNIST_TEACHER_KWARGS, WORKLOADS, Workload
+
+
+@dataclass
+class Config:
+    tflops: float = option(312.0, "peak of the GPU, 10^12 operations per second (A100, bfloat16)")
+    utilisation: float = option(0.4, "share of the peak that is reached")
+
+
+def flops(network: torch.nn.Module, *inputs: torch.Tensor) -> int:
+    """Floating-point operations of one forward."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*inputs)
+    return counter.get_total_flops()
+
+
+def forward_flops(dataset: str) -> int:
+    """Operations of the workload's network for one image."""
+    with torch.device("meta"):
+        x = torch.zeros(1, *WORKLOADS[dataset].image_shape)
+        if dataset == "sd15":
+            t = torch.zeros(1, dtype=torch.long)
+            return flops(UNet(SD15["unet"]), x, t, torch.zeros(1, 77, 768))
+        kwargs = MNIST_TEACHER_KWARGS if dataset == "mnist" else EDM_ARCHITECTURES[dataset]
+        return flops(EDMPrecond(**kwargs).eval(), x, torch.ones(1))
+
+
+def lpips_flops(workload: Workload) -> int:
+    """Operations of LPIPS for one pair of images: both forwards, and one backward."""
+    if workload.distance != "lpips":
+        return 0
+    size = 512 if workload.solver == "pndm" else 224
+    with torch.device("meta"):
+        return 4 * flops(vgg16().features, torch.zeros(1, 3, size, size))
+
+
+def step_flops(workload: Workload, forward: int) -> int:
+    """Operations of one training step over all GPUs."""
+    B, R = workload.batch_size, workload.batch_size_ref
+    K = B + R if workload.kl_on_pairs else B
+    recomputed = B + R + K if workload.solver == "pndm" else 0
+    guided = K if workload.guidance != 1 else 0
+    forwards = 3 * (B + R) + 5 * K + guided + recomputed
+    return forwards * forward + R * lpips_flops(workload)
+
+
+def pairs_flops(workload: Workload, forward: int) -> int:
+    """Operations of the teacher's ODE solutions."""
+    steps = workload.solver_steps
+    evaluations = 2 * steps - 1 if workload.solver == "heun" else 2 * (steps + 1)
+    return workload.num_pairs * evaluations * forward
+
+
+def main(config: Config) -> None:
+    """Print the table."""
+    per_day = config.tflops * 1e12 * config.utilisation * 86400
+    print(f"{config.tflops:g} TFLOP/s at {config.utilisation:.0%}")
+    print(f"{'':16}{'forward':>12}{'step':>12}{'steps':>9}{'pairs':>12}{'training':>12}")
+    for dataset, workload in WORKLOADS.items():
+        forward = forward_flops(dataset)
+        step = step_flops(workload, forward)
+        days = [pairs_flops(workload, forward) / per_day, step * workload.steps / per_day]
+        print(
+            f"{dataset:16}{forward / 1e9:8.1f} GFLOP{step / 1e12:6.1f} TFLOP{workload.steps:9d}"
+            + "".join(f"{value:7.2f} days" for value in days)
+        )
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

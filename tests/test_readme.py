@@ -1,0 +1,57 @@
+"""The README's line links and line counts are true. `python tests/test_readme.py` mends them."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+LINK = re.compile(r"\[`(?P<name>\w+)`\]\((?P<file>[\w/]+\.py)#L(?P<line>\d+)\)")
+COUNT = re.compile(r"^\| \[(?P<file>[\w/]+\.py)\]\((?P=file)\) \| (?P<lines>\d+) \|", re.MULTILINE)
+
+
+def line_of(name: str, file: str) -> int:
+    """The line on which a module's function, class or constant is defined."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    pattern = re.compile(rf"(def|class) {name}\b|{name} = ")
+    (number,) = [i for i, line in enumerate(lines, start=1) if pattern.match(line)]
+    return number
+
+
+def length(file: str) -> int:
+    """How many lines a file has."""
+    return len((ROOT / file).read_text(encoding="utf-8").splitlines())
+
+
+def mended(text: str) -> str:
+    """The README with right numbers."""
+
+    def link(match: re.Match) -> str:
+        name, file, _ = match.groups()
+        return f"[`{name}`]({file}#L{line_of(name, file)})"
+
+    def count(match: re.Match) -> str:
+        file = match["file"]
+        return f"| [{file}]({file}) | {length(file)} |"
+
+    return COUNT.sub(count, LINK.sub(link, text))
+
+
+def test_links_point_at_definitions_and_counts_are_right():
+    text = README.read_text(encoding="utf-8")
+    assert len(LINK.findall(text)) > 15 and len(COUNT.findall(text)) > 12
+    assert mended(text) == text, "run: python tests/test_readme.py"
+
+
+def test_every_script_is_in_the_reading_order():
+    listed = {match["file"] for match in COUNT.finditer(README.read_text(encoding="utf-8"))}
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
+    assert listed == {str(path.relative_to(ROOT)) for path in scripts}
+
+
+def test_links_to_files_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
+
+
+if __name__ == "__main__":
+    README.write_text(mended(README.read_text(encoding="utf-8")), encoding="utf-8")

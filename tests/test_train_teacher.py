@@ -1,0 +1,96 @@
+"""train_teacher.py on a few made-up digits: what it leaves, how it resumes, and --init."""
+
+import struct
+
+import pytest
+import torch
+
+import train_teacher
+from edm_unet import EDMPrecond
+from edm_weights import load_edm
+from rundir import UserError, read_tensors
+from teachers import load_teacher
+from workloads import ASSETS, MNIST_TEACHER_KWARGS
+
+SHIPPED = ASSETS / "mnist_teacher.safetensors"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """MNIST's four files with 20 random images each."""
+    folder = tmp_path_factory.mktemp("data")
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for part in ("train", "t10k"):
+        pixels = torch.randint(256, (20, 28, 28), dtype=torch.uint8, generator=generator)
+        labels = torch.arange(20, dtype=torch.uint8) % 10
+        header = struct.pack(">4i", 0x803, 20, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.numpy().tobytes())
+        header = struct.pack(">2i", 0x801, 20)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.numpy().tobytes())
+    return folder
+
+
+def config(data, out, **options):
+    options = {"steps": 2, "batch_size": 4, "save_every": 1, "device": "cpu", **options}
+    return train_teacher.Config(data=str(data), out=str(out), **options)
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """Two steps."""
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    train_teacher.main(config(data, out))
+    return out
+
+
+def test_what_it_leaves_is_a_teacher(straight, capsys):
+    assert {path.name for path in straight.iterdir()} == {
+        "checkpoint.pt", "log.csv", "samples_000001.png", "samples_000002.png",
+        "teacher.safetensors",
+    }  # fmt: skip
+    teacher = load_teacher("mnist", str(straight / "teacher.safetensors"))
+    assert teacher.record["name"] == "teacher.safetensors"
+    net = teacher.mu_real.net
+    assert net.kwargs == EDMPrecond(**MNIST_TEACHER_KWARGS).kwargs
+    assert all(value.isfinite().all() for value in net.state_dict().values())
+
+
+@pytest.mark.slow
+def test_it_resumes_exactly(straight, data, tmp_path, monkeypatch):
+    """Interrupted in its second step, it goes on from the first."""
+    calls, original = [], train_teacher.edm_loss
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_teacher, "edm_loss", interrupted)
+        train_teacher.main(config(data, out))
+    assert not (out / "teacher.safetensors").exists()
+    train_teacher.main(config(data, out))
+    for name in ("teacher.safetensors", "log.csv", "samples_000002.png"):
+        assert (out / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+def test_it_starts_from_given_weights(data, tmp_path):
+    """--init, with a learning rate of next to nothing: what comes out is what went in."""
+    options = {"init": str(SHIPPED), "learning_rate": 1e-12}
+    train_teacher.main(config(data, tmp_path / "run", steps=1, **options))
+    found, _ = read_tensors(tmp_path / "run/teacher.safetensors")
+    given = load_edm(SHIPPED).state_dict()
+    assert found.keys() == given.keys()
+    for name, value in found.items():
+        assert torch.equal(value, given[name].half()), name
+
+
+def test_another_run_is_left_alone(straight, data):
+    before = (straight / "teacher.safetensors").read_bytes()
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        train_teacher.main(config(data, straight, seed=1))
+    assert (straight / "teacher.safetensors").read_bytes() == before
