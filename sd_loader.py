@@ -363,7 +363,7 @@ class UNet(nn.Module):
             text: text states (B, N, 768); all N are attended, padding included.
 
         Returns:
-            eps (B, 4, H, W), in the dtype in which the network runs.
+            eps (B, 4, H, W), in float32.
         """
         x = self.conv_in(x.to(self.conv_in.weight.dtype))
         text = text.to(x.dtype)
@@ -389,7 +389,8 @@ class UNet(nn.Module):
             for upsample in stage.upsamplers:
                 x = upsample(x)
         x = F.silu(self.conv_norm_out(x))
-        with torch.autocast(x.device.type, enabled=False):
+        kind = "cpu" if x.is_meta else x.device.type
+        with torch.autocast(kind, enabled=False):
             # In float32 always: at t = 999 what is rounded here counts 14.6 times (SDDenoiser).
             weight, bias = self.conv_out.weight.float(), self.conv_out.bias.float()
             return F.conv2d(x.float(), weight, bias, padding=1)

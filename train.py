@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import Log, claim_folder, load_checkpoint, save_run
@@ -247,6 +246,8 @@ class Update:
         if self.sharded:
             # ZeRO-1: G and mu_fake fit on a GPU whole, what doubles their memory is AdamW's state.
             # Unlike FSDP it leaves the networks, and so their checkpoints, as they are.
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
+
             kind, options = ZeroRedundancyOptimizer, {"optimizer_class": kind, **options}
         self.network, self.grad_clip, self.rank = network, config.grad_clip, ranks.rank
         self.optimizer = kind(network.parameters(), **options)
@@ -489,7 +490,8 @@ def main(config: Config) -> None:
         if interrupted and done < config.steps:
             leave(signals, done, ranks)
     if ranks.rank == 0:
-        print(f"wrote {out / 'generator.safetensors'}; look at it with: python sample.py")
+        prompt = ' --prompt "..."' if run.pairs.prompts else ""
+        print(f"wrote {out / 'generator.safetensors'}; look at it with: python sample.py{prompt}")
 
 
 # --------------------------------------------------------------------------------------------------
