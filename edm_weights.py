@@ -609,10 +609,11 @@ def file_format(path: Path) -> str:
             head = file.read(64)
         if head.startswith(b"PK\x03\x04") or MAGIC.to_bytes(10, "little") in head[:16]:
             return "torch"
+        # First the length of a header: its low byte may well be the one that opens a pickle.
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+            return "safetensors"
         if head.startswith(b"\x80"):
             return "pickle"
-        if head[8:9] == b"{":
-            return "safetensors"
         if not head:
             raise UserError("it is empty; get it again")
         if is_web_page(head):

@@ -657,6 +657,14 @@ def test_safetensors(tiny, tmp_path, in_the_table):
     equal(load_edm(tmp_path / "misnamed.pkl").state_dict(), tiny)
 
 
+def test_a_header_as_long_as_a_pickles_first_byte(tmp_path):
+    """Its length may end in 0x80, which opens every pickle."""
+    for length in (0x80, 0x1280):
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(length.to_bytes(8, "little") + b"{}".ljust(length))
+        assert edm_weights.file_format(path) == "safetensors"
+
+
 def test_our_own_files(tiny, tmp_path):
     path = tmp_path / "generator.safetensors"
     metadata = {"kwargs": json.dumps(tiny.kwargs), "role": "generator", "dataset": "mnist"}
