@@ -1,6 +1,6 @@
 """Make the noise/image pairs of the regression loss (Section 3.3, Eq. 9).
 
-    python make_pairs.py                                                MNIST, 90 s on 2 CPU cores
+    python make_pairs.py                                                MNIST, 2 min on 2 CPU cores
     torchrun --nproc-per-node 8 make_pairs.py --dataset imagenet64      on eight GPUs
     python make_pairs.py --dataset sd15 --prompts captions.txt --guidance 3 --amp fp16
 
