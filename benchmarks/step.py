@@ -11,18 +11,20 @@ with B unpaired and B paired images costs 11 F of arithmetic, counting a backwar
     teacher and mu_fake, forward             2 F
     mu_fake, forward and backward            3 F
 
-LPIPS (VGG at 224x224, random weights) is timed apart. The last line it prints:
+LPIPS (VGG at 224x224, random weights) is timed apart. Memory is the GPU's peak, or the peak of the
+process on a CPU, Python and PyTorch included. The last line it prints:
 
-    F 21.3 ms, step 260.1 ms, floor 234.3 ms, ratio 1.11
+    F 33.9 ms, step 394.8 ms, floor 372.8 ms, ratio 1.06
 """
 
 import json
+import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +38,7 @@ from edm_unet import EDMPrecond
 from edm_weights import EDM_ARCHITECTURES
 from pairs import shard_path
 from rundir import UserError, option, run_script, write_json, write_tensors
-from workloads import MNIST_TEACHER_KWARGS, file_hash, get_workload
+from workloads import MNIST_TEACHER_KWARGS, WORKLOADS, file_hash, get_workload
 
 NETWORKS = {"mnist": MNIST_TEACHER_KWARGS, **EDM_ARCHITECTURES}
 
@@ -45,17 +47,19 @@ NETWORKS = {"mnist": MNIST_TEACHER_KWARGS, **EDM_ARCHITECTURES}
 class Config:
     dataset: str = option("mnist", "whose networks", tuple(NETWORKS))
     batch_size: int = option(32, "B, unpaired and paired images each")
+    resolution: int | None = option(None, "of the images, in place of the dataset's")
     repeats: int = option(15, "steps and forwards measured, in turn; the medians count")
     amp: str = option("off", "half precision: auto, bf16, fp16, off", AMP)
     compile: bool = option(False, "torch.compile the networks")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    json: str | None = option(None, "file for the numbers")
 
 
 def write_inputs(folder: Path, dataset: str) -> dict[str, str]:
     """A teacher of random weights and 64 pairs of noise -> options of train.Config."""
     workload, teacher = get_workload(dataset), folder / "teacher.safetensors"
     torch.manual_seed(0)
-    net = EDMPrecond(**NETWORKS[dataset])
+    net = EDMPrecond(**NETWORKS[dataset] | {"img_resolution": workload.image_shape[-1]})
     metadata = {"kwargs": json.dumps(net.kwargs)}
     write_tensors(teacher, net.state_dict(), metadata)
     record = {"name": teacher.name, "sha256": file_hash(teacher)}
@@ -77,48 +81,77 @@ def milliseconds(function: Callable, device: torch.device) -> float:
     return (time.perf_counter() - start) * 1000
 
 
-def main(config: Config) -> None:
-    """Measure forwards and steps in turn, so that both see the same machine."""
-    if config.batch_size < 1 or config.repeats < 1:
-        raise UserError("--batch-size and --repeats must be at least 1")
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the GPU's memory, or of this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def measure(config: Config, folder: Path) -> dict[str, float]:
+    """Time forwards and steps in turn, so that both see the same machine.
+
+    Returns:
+        medians in milliseconds, "forward" and "step" (and "lpips" where the dataset has it), and
+        the peak of memory, "GiB".
+    """
     device, B = pick_device(config.device), config.batch_size
     ranks, workload = Ranks(0, 1, device), get_workload(config.dataset)
-    with tempfile.TemporaryDirectory() as folder:
-        options = train.Config(
-            dataset=config.dataset, batch_size=B, batch_size_ref=B, distance="l2",
-            amp=pick_amp(config.amp, device), compile=config.compile,
-            **write_inputs(Path(folder), config.dataset),
-        )  # fmt: skip
-        run = train.prepare(train.resolve(options, ranks), ranks)
-        x = torch.randn(B, *workload.image_shape)
-        x, t = train.to(device, x, torch.full((B,), 500))
-        cond = (
-            torch.arange(B, device=device) % workload.num_classes if workload.num_classes else None
-        )
+    options = train.Config(
+        dataset=config.dataset, batch_size=B, batch_size_ref=B, distance="l2",
+        amp=pick_amp(config.amp, device), compile=config.compile,
+        **write_inputs(folder, config.dataset),
+    )  # fmt: skip
+    run = train.prepare(train.resolve(options, ranks), ranks)
+    x = torch.randn(B, *workload.image_shape)
+    cond = torch.arange(B) % workload.num_classes if workload.num_classes else None
+    x, t, cond = train.to(device, x, torch.full((B,), 500), cond)
 
-        @torch.no_grad()
-        def forward():
-            with run.autocast():
-                run.teacher.mu_real(x, t, cond)
+    @torch.no_grad()
+    def forward():
+        with run.autocast():
+            run.teacher.mu_real(x, t, cond)
 
-        def step():
-            train.training_step(run, step.count)
-            step.count += 1
+    def step():
+        train.training_step(run, step.count)
+        step.count += 1
 
-        step.count = 0
-        for _ in range(3):
-            forward(), step()
-        pairs = (
-            (milliseconds(forward, device), milliseconds(step, device))
-            for _ in range(config.repeats)
-        )
-        F, total = (statistics.median(values) for values in zip(*pairs, strict=True))
-    print(f"{config.dataset}, batch {B}, {device}, amp {config.amp}, compile {config.compile}")
+    step.count = 0
+    for _ in range(2):
+        forward(), step()
+    times = [
+        (milliseconds(forward, device), milliseconds(step, device)) for _ in range(config.repeats)
+    ]
+    F, total = (statistics.median(values) for values in zip(*times, strict=True))
+    found = {"forward": F, "step": total, "GiB": peak_memory(device)}
     if workload.distance == "lpips":
-        print(f"LPIPS, forward and backward: {lpips_time(x, device, config.repeats):.1f} ms")
-    if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    print(f"F {F:.1f} ms, step {total:.1f} ms, floor {11 * F:.1f} ms, ratio {total / (11 * F):.2f}")
+        found["lpips"] = lpips_time(x, device, config.repeats)
+    return found
+
+
+def main(config: Config) -> None:
+    """Measure and print."""
+    if config.batch_size < 1 or config.repeats < 1:
+        raise UserError("--batch-size and --repeats must be at least 1")
+    workload = get_workload(config.dataset)
+    size = config.resolution or workload.image_shape[-1]
+    if size < 4 or size % 4:
+        raise UserError(f"--resolution must be a multiple of 4, not {size}")
+    shape = (workload.image_shape[0], size, size)
+    WORKLOADS[config.dataset] = replace(workload, image_shape=shape)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(config, Path(folder))
+    if config.json is not None:
+        write_json(Path(config.json), found)
+    F, step, device = found["forward"], found["step"], pick_device(config.device)
+    print(
+        f"{config.dataset}, {size}x{size}, batch {config.batch_size}, {device}, "
+        f"amp {config.amp}, compile {config.compile}; peak memory {found['GiB']:.1f} GiB"
+    )
+    if "lpips" in found:
+        print(f"LPIPS, forward and backward: {found['lpips']:.1f} ms")
+    print(f"F {F:.1f} ms, step {step:.1f} ms, floor {11 * F:.1f} ms, ratio {step / (11 * F):.2f}")
 
 
 def lpips_time(x: torch.Tensor, device: torch.device, repeats: int) -> float:

@@ -1,0 +1,132 @@
+"""How fast everything is on this machine, in one run, and how it grows: a table and a picture.
+
+    python benchmarks/speed.py                                       about 10 minutes on 2 CPU cores
+    python benchmarks/speed.py --scale 16 --amp bf16 --compile       on a GPU
+
+Training steps of the EDM workloads (`step.py`, each in a process of its own, so that peak memory is
+its own): against the batch size, and for MNIST's network against the resolution. Then one-step
+sampling against the teacher's 35 evaluations. The last line it prints:
+
+    wrote speed.png
+"""
+
+import io
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from devices import AMP
+from rundir import UserError, option, read_json, run_script, write_bytes
+from workloads import get_workload
+
+ROOT = Path(__file__).parent.parent
+BATCHES = {"mnist": (4, 8, 16, 32, 64), "cifar10": (1, 2, 4), "imagenet64": (1, 2)}
+RESOLUTIONS = {"mnist": (28, 56, 84, 112)}
+BATCH = 8  # of the measurements against the resolution
+
+
+@dataclass
+class Config:
+    out: str = option("speed.png", "file of the picture")
+    datasets: tuple[str, ...] = option((), f"workloads to time (default: {', '.join(BATCHES)})")
+    scale: int = option(1, "multiplies all batch sizes: a GPU needs more work than a CPU")
+    repeats: int = option(5, "measurements of each; the medians count")
+    amp: str = option("off", "half precision: auto, bf16, fp16, off", AMP)
+    compile: bool = option(False, "torch.compile the networks")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+
+
+def run(script: str, *arguments: object) -> list[str]:
+    """Run one of the project's scripts -> the lines it prints.
+
+    Raises:
+        UserError: it failed; its own message has been printed.
+    """
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"{script} failed, see above; --datasets leaves a workload out")
+    return done.stdout.splitlines()
+
+
+def measure(config: Config, dataset: str, batch: int, size: int | None = None) -> dict[str, float]:
+    """One call of step.py -> what it measured. Prints its line of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = Path(folder) / "numbers.json"
+        options = ["--dataset", dataset, "--batch-size", batch, "--repeats", config.repeats]
+        options += ["--amp", config.amp, "--device", config.device, "--json", numbers]
+        options += ["--compile"] if config.compile else []
+        options += ["--resolution", size] if size else []
+        run("benchmarks/step.py", *options)
+        found = read_json(numbers)
+    floor, lpips = 11 * found["forward"], f"{found['lpips']:.0f} ms" if "lpips" in found else ""
+    size = size or get_workload(dataset).image_shape[-1]
+    cells = (
+        dataset, size, batch, f"{found['forward']:.1f} ms", f"{found['step']:.1f} ms",
+        f"{found['step'] / floor:.2f}", f"{found['GiB']:.1f} GiB", lpips,
+    )  # fmt: skip
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    return found
+
+
+def draw(path: Path, by_batch: dict, by_size: dict) -> None:
+    """The picture: seconds per step and memory, against the batch and against the resolution.
+
+    Args:
+        by_batch, by_size: dataset -> {batch size or resolution: what `measure` found}.
+    """
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    panels = figure.subplots(2, 2, sharex="col")
+    columns = ((by_batch, "batch size"), (by_size, f"resolution, batch size {BATCH}"))
+    for (top, bottom), (series, label) in zip(panels.T, columns, strict=True):
+        for dataset, found in series.items():
+            top.plot(found, [n["step"] / 1000 for n in found.values()], "o-", label=dataset)
+            bottom.plot(found, [n["GiB"] for n in found.values()], "o-", label=dataset)
+        top.set(xscale="log", yscale="log", ylabel="seconds per training step")
+        bottom.set(xscale="log", yscale="log", ylabel="peak memory, GiB", xlabel=label)
+        ticks = sorted({x for found in series.values() for x in found})
+        bottom.set_xticks(ticks, [str(x) for x in ticks], minor=False)
+        bottom.minorticks_off()
+        top.legend()
+        top.grid(alpha=0.3), bottom.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    write_bytes(path, buffer.getvalue())
+
+
+def main(config: Config) -> None:
+    """Measure, print, draw."""
+    datasets = config.datasets or tuple(BATCHES)
+    unknown = [name for name in datasets if name not in BATCHES]
+    if unknown:
+        raise UserError(f"unknown dataset {unknown[0]!r}; known: {', '.join(BATCHES)}")
+    if config.scale < 1 or config.repeats < 1:
+        raise UserError("--scale and --repeats must be at least 1")
+    print("| dataset | resolution | batch | F | step | ratio to 11 F | memory | LPIPS |")
+    print("|---|---|---|---|---|---|---|---|")
+    by_batch = {
+        dataset: {
+            n * config.scale: measure(config, dataset, n * config.scale) for n in BATCHES[dataset]
+        }
+        for dataset in datasets
+    }
+    by_size = {
+        dataset: {n: measure(config, dataset, BATCH * config.scale, n) for n in sizes}
+        for dataset, sizes in RESOLUTIONS.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "digits.png"
+        lines = run("sample.py", "--teacher", "--out", picture, "--device", config.device)
+    print("mnist, " + next(line for line in lines if "faster" in line))
+    draw(Path(config.out), by_batch, by_size)
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

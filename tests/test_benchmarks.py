@@ -1,0 +1,77 @@
+"""The measuring scripts in benchmarks/: that they run and count right, not how fast anything is."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+from conftest import ROOT, fails_in_one_line, run
+
+from rundir import UserError
+from workloads import WORKLOADS
+
+
+def load(name: str):
+    """benchmarks/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_step_by_command(tmp_path):
+    numbers = tmp_path / "numbers.json"
+    options = ("--batch-size", 2, "--repeats", 1, "--resolution", 32, "--device", "cpu")
+    result = run("benchmarks/step.py", *options, "--json", numbers)
+    assert result.returncode == 0, result.stderr
+    assert "mnist, 32x32, batch 2" in result.stdout
+    found = json.loads(numbers.read_text())
+    F, step, floor, ratio = map(float, re.findall(r"[\d.]+", result.stdout.splitlines()[-1]))
+    assert (F, step) == (round(found["forward"], 1), round(found["step"], 1))
+    assert floor == pytest.approx(11 * found["forward"], abs=0.06)
+    assert ratio == pytest.approx(found["step"] / found["forward"] / 11, abs=0.006)
+    assert 0.1 < found["GiB"] < 16
+
+
+def test_bad_options_by_command():
+    fails_in_one_line(run("benchmarks/step.py", "--resolution", 30), "resolution", "multiple of 4")
+    fails_in_one_line(run("benchmarks/speed.py", "--datasets", "sd15"), "sd15", "cifar10")
+
+
+def test_a_step_costs_eleven_forwards():
+    cost = load("cost")
+    mnist, sd15 = WORKLOADS["mnist"], WORKLOADS["sd15"]
+    assert cost.step_flops(mnist, forward=1) == 11 * mnist.batch_size
+    B, R = sd15.batch_size, sd15.batch_size_ref
+    # G forward + backward 3, mu_fake forward 1 and forward + backward 3, guided mu_real 2; with
+    # checkpointing one more forward of G and of mu_fake; all of them on B + R images.
+    without_lpips = cost.step_flops(sd15, forward=10**12) - cost.step_flops(sd15, forward=0)
+    assert without_lpips == 11 * (B + R) * 10**12
+
+
+def test_ablation_measures_once_and_writes_its_table(tmp_path, pairs, monkeypatch, capsys):
+    ablation = load("ablation")
+    monkeypatch.setattr(ablation, "VARIANTS", {"no KL": ["--lambda-dm", "0"]})
+    config = ablation.Config(str(tmp_path / "out"), str(pairs), seeds=1, steps=1, samples=200)
+    ablation.main(config)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| no KL"]
+    assert (tmp_path / "out" / "variants.png").stat().st_size > 1000
+
+    def nothing_to_run(script, *arguments):
+        raise AssertionError(f"{script} is run again")
+
+    monkeypatch.setattr(ablation, "run", nothing_to_run)
+    ablation.main(config)
+    assert (tmp_path / "out" / "table.md").read_text() == table
+    with pytest.raises(UserError, match="another trial"):
+        ablation.main(ablation.Config(config.out, config.pairs, seeds=1, steps=2, samples=200))
+
+
+def test_the_ablation_table_shows_mean_and_range():
+    runs = [
+        {"fd": 1.0, "accuracy": 0.98, "diversity": 0.9},
+        {"fd": 3.0, "accuracy": 0.96, "diversity": 1.1},
+    ]
+    row = load("ablation").table({"full": runs}).splitlines()[-1]
+    assert row == "| full | 2.00 (1.00 .. 3.00) | 97.0 (96.0 .. 98.0) % | 1.00 (0.90 .. 1.10) |"
