@@ -40,8 +40,9 @@ def test_bad_options_by_command():
 
 def test_a_step_costs_eleven_forwards():
     cost = load("cost")
-    mnist, sd15 = WORKLOADS["mnist"], WORKLOADS["sd15"]
-    assert cost.step_flops(mnist, forward=1) == 11 * mnist.batch_size
+    cifar10, sd15 = WORKLOADS["cifar10"], WORKLOADS["sd15"]
+    lpips = cost.step_flops(cifar10, forward=0)
+    assert cost.step_flops(cifar10, forward=10**9) - lpips == 11 * cifar10.batch_size * 10**9
     B, R = sd15.batch_size, sd15.batch_size_ref
     # G forward + backward 3, mu_fake forward 1 and forward + backward 3, guided mu_real 2; with
     # checkpointing one more forward of G and of mu_fake; all of them on B + R images.
