@@ -48,7 +48,7 @@ FREE_OPTIONS = ("device", "pairs", "out", "accumulate", "compile", "checkpointin
 FREE_OPTIONS += ("shard_optimizer", "log_every", "save_every", "keep")
 
 SCALARS = ["loss_kl", "loss_reg", "loss_denoise", "grad_norm_G", "grad_norm_fake"]
-SHOWN = [*SCALARS, "images_per_s"]
+SHOWN = [*SCALARS, "images_per_s"]  # of the unpaired stream, over all ranks
 
 
 def claim_folder(out: Path, config: "Config", teacher: dict[str, str], pairs: Pairs) -> None:
@@ -117,7 +117,7 @@ def save_run(out: Path, run: "Run", step: int, log: "Log") -> None:
     metadata = {
         "role": "generator",
         "dataset": config.dataset,
-        "kwargs": json.dumps(net.config if run.workload.solver == "pndm" else net.kwargs),
+        "kwargs": json.dumps(net.config if run.workload.latent else net.kwargs),
         "teacher_sha256": run.teacher.record["sha256"],
         "step": str(step),
     }
@@ -126,6 +126,7 @@ def save_run(out: Path, run: "Run", step: int, log: "Log") -> None:
     write_torch(out / "checkpoint.pt", state)
     if config.keep > 1:
         keep_copies(out, step, config.keep)
+    log.clock = time.perf_counter()  # writing is no training
 
 
 def keep_copies(out: Path, step: int, keep: int) -> None:
@@ -178,7 +179,8 @@ class Log:
         """
         values = self.ranks.mean(torch.stack(self.waiting)).tolist() if self.waiting else []
         now = time.perf_counter()
-        rate = len(values) * self.config.batch_size / (now - self.clock)
+        per_step = self.config.batch_size if self.config.lambda_dm else self.config.batch_size_ref
+        rate = len(values) * per_step / (now - self.clock)
         for step, scalars in enumerate(values, start=self.step + 1 - len(values)):
             self.check(step, scalars)
             row = {name: f"{value:.5g}" for name, value in zip(SCALARS, scalars, strict=True)}

@@ -85,6 +85,7 @@ class Ranks:
 
     Attributes:
         rank: its number, 0 .. count-1.
+        count: how many there are.
         device: the device it works on.
     """
 

@@ -75,6 +75,7 @@ def gradient_weight(
             "dreamfusion": sigma_t / alpha_t and "prolificdreamer": sigma_t^3 / alpha_t, the two
             weightings that Table 2 compares with.
         x: generated samples; mu_real: the teacher's prediction; both (B, C, H, W).
+        alpha_t, sigma_t: (B, 1, 1, 1), above 0.
 
     Raises:
         ValueError: unknown weighting.
@@ -113,6 +114,9 @@ def dm_gradient(
 
     Returns:
         w_t alpha_t (s_fake - s_real), (B, C, H, W).
+
+    Raises:
+        ValueError: unknown weighting.
     """
     s_real = score(x_t, mu_real, alpha_t, sigma_t)
     s_fake = score(x_t, mu_fake, alpha_t, sigma_t)
@@ -145,6 +149,9 @@ def distribution_matching_loss(
 
     Returns:
         loss (scalar float32), info: {"grad" (B, C, H, W)}.
+
+    Raises:
+        ValueError: unknown weighting.
     """
     with torch.no_grad():
         alpha_t, sigma_t = at(mu_real.alpha, t), at(mu_real.sigma, t)
@@ -213,6 +220,7 @@ def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> 
         network: LPIPS (Zhang et al. 2018, arXiv 1801.03924), frozen, for RGB images in [-1, 1].
         x, y: images (B, 1 or 3, H, W). They are not clamped: that would stop the gradient where
             the generator overshoots. y carries no gradient, so its features build no graph.
+        size: smaller images are upsampled to size x size pixels.
 
     Returns:
         (B, 1, 1, 1).
@@ -232,7 +240,8 @@ def dm_noise_levels(u: Tensor, T: int, max_step: int | None = None) -> Tensor:
 
     Args:
         u: numbers uniform in [0, 1), (B,).
-        max_step: another T_max (Table 5 lowers it during one run).
+        T: number of noise levels.
+        max_step: another T_max, above T_min (Table 5 lowers it during one run).
 
     Returns:
         (B,) long.

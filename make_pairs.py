@@ -16,7 +16,7 @@ in the folder. The last line it prints:
 import gzip
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -92,7 +92,7 @@ def describe(config: Config, teacher: Teacher, workload: Workload) -> dict:
         "num_pairs": workload.num_pairs if config.num_pairs is None else config.num_pairs,
         "shard_size": config.shard_size,
     }
-    if workload.solver == "pndm":
+    if workload.latent:
         prompts = Path(config.prompts)
         meta["prompts"] = {"name": prompts.name, "sha256": file_hash(prompts)}
     return meta
@@ -104,11 +104,12 @@ def check(config: Config, workload: Workload) -> Config:
     Raises:
         UserError: an option out of range, or one that the dataset does not have.
     """
+    config = replace(config)
     if config.batch_size is None:
-        config.batch_size = 8 if workload.solver == "pndm" else 250
+        config.batch_size = 8 if workload.latent else 250
     if config.guidance is None:
         config.guidance = workload.guidance
-    elif workload.solver != "pndm":
+    elif not workload.latent:
         raise UserError(f"--guidance is for sd15; {config.dataset} has a teacher without text")
     for name in ("steps", "num_pairs", "shard_size", "batch_size"):
         value = getattr(config, name)
@@ -145,7 +146,11 @@ def claim_folder(out: Path, meta: dict) -> None:
 def make_shard(
     shard: int, meta: dict, config: Config, teacher: Teacher, prompts: list[str], ranks: Ranks, bar
 ) -> tuple[dict[str, Tensor], dict]:
-    """Solve the teacher's ODE for the pairs of one shard -> tensors, metadata."""
+    """Solve the teacher's ODE for the pairs of one shard -> tensors, metadata.
+
+    Raises:
+        UserError: NaN or infinity.
+    """
     indices, workload = shard_range(meta, shard), get_workload(config.dataset)
     z = sample_noise(config.seed, indices, teacher.image_shape)
     tensors, metadata = {"z": z, "index": torch.tensor(indices)}, {"dataset": config.dataset}
@@ -167,7 +172,7 @@ def make_shard(
     if not y.isfinite().all():
         raise UserError(f"the teacher gave NaN or infinity in shard {shard}; check it")
     # Latents are of unit size, so float16 rounds them by 2^-11 of that; halves 500,000 pairs.
-    tensors["y"] = y.half() if workload.solver == "pndm" else y
+    tensors["y"] = y.half() if workload.latent else y
     return tensors, metadata
 
 
@@ -185,7 +190,7 @@ def main(config: Config) -> None:
     """Solve the teacher's ODE for every missing shard; ranks take turns."""
     workload = get_workload(config.dataset)
     config = check(config, workload)
-    prompts = read_prompts(Path(config.prompts)) if workload.solver == "pndm" else []
+    prompts = read_prompts(Path(config.prompts)) if workload.latent else []
     ranks = join_ranks(config.device)
     config.amp = pick_amp(config.amp, ranks.device)
     with ranks.first_goes_first():

@@ -106,7 +106,7 @@ class Pairs:
         return self.meta["num_pairs"]
 
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | list[str] | None]:
-        """Pairs k in indices -> z_ref, y_ref (B, C, H, W) float32, labels (B,), prompts or None."""
+        """Pairs k in indices -> z_ref, y_ref (R, C, H, W) float32, labels (R,), prompts or None."""
         rows = [divmod(k, self.meta["shard_size"]) for k in indices]
 
         def gather(name: str) -> Tensor:

@@ -10,7 +10,7 @@ CPU is enough for MNIST. The times that --teacher prints are those from what a u
 sees: text to image, where there is text, so that Stable Diffusion's text encoder and decoder count,
 both with the teacher and with the student. The last line it prints:
 
-    wrote samples.png: 100 images of mnist from runs/mnist/generator.safetensors (step 500)
+    wrote samples.png: 100 images of mnist from runs/mnist/generator.safetensors (step 800)
 """
 
 import statistics
@@ -95,6 +95,9 @@ def check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if config.guidance is not None and not config.guidance > 0:
         raise UserError(f"--guidance must be above 0, not {config.guidance}; 1 is no guidance")
+    for name in ("steps", "guidance"):
+        if getattr(config, name) is not None and not config.teacher:
+            raise UserError(f"--{name} is the teacher's; add --teacher, or leave it away")
     out = Path(config.out)
     if out.suffix.lower() == ".png":
         if out.is_dir():
@@ -144,7 +147,7 @@ def choose_condition(config: Config, dataset: str, count: int) -> Tensor | list[
         UserError: an option that this generator does not have, or a bad value of it.
     """
     workload = get_workload(dataset)
-    if workload.solver == "pndm":
+    if workload.latent:
         if config.labels is not None:
             raise UserError(f"a generator of {dataset} has no --labels; it has --prompt")
         return choose_prompts(config.prompt, count)
@@ -161,7 +164,7 @@ def load_rest(config: Config, dataset: str, G: OneStepGenerator) -> Teacher | No
     Raises:
         UserError: missing files, or a text encoder that does not fit G.
     """
-    latent = get_workload(dataset).solver == "pndm"
+    latent = get_workload(dataset).latent
     if not (latent or config.teacher):
         return None
     parts = ("unet", "text_encoder") if config.teacher else ("text_encoder",)
@@ -194,6 +197,7 @@ def paint(
         solve: (z, encoded condition) -> x, G or a teacher's solver.
         z, cond: noise and condition of all images.
         teacher: encodes and decodes; None where neither is needed.
+        amp: precision of the networks, see devices.py.
         rows: which images, B of them.
 
     Returns:
@@ -213,7 +217,8 @@ def draw_all(
 
     Args:
         draw: draw(rows=slice of the images' numbers) -> images (B, C, H, W).
-        warm_up: the same, or a shorter form of it: called once for a whole batch, not timed.
+        warm_up: the same, or a shorter form of it: called once for a whole batch, not timed; None
+            where the times do not matter.
 
     Returns:
         images (count, C, H, W) on the CPU, milliseconds per image (median over the batches).
@@ -237,7 +242,7 @@ def main(config: Config) -> None:
     G, metadata = load_generator(path)
     dataset = metadata["dataset"]
     workload = get_workload(dataset)
-    latent = workload.solver == "pndm"
+    latent = workload.latent
     amp = "off" if config.amp == "auto" and not latent else pick_amp(config.amp, device)
     batch_size = config.batch_size or (4 if latent else 100)
 

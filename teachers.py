@@ -171,7 +171,7 @@ def load_teacher(
         UserError: missing or unreadable files, or a network for other images.
     """
     workload = get_workload(dataset)
-    if workload.solver == "pndm":
+    if workload.latent:
         guidance = workload.guidance if guidance is None else guidance
         source = source or workload.teacher
         return load_sd_teacher(workload, source, guidance, decoder, tiny_source, parts)
@@ -190,7 +190,11 @@ def load_sd_teacher(
     tiny_source: str | None,
     parts: Sequence[str],
 ) -> SDTeacher:
-    """load_teacher for Stable Diffusion."""
+    """load_teacher for Stable Diffusion.
+
+    Raises:
+        UserError: unknown decoder, missing or unreadable files.
+    """
     if decoder not in DECODERS:
         raise UserError(f"unknown decoder {decoder!r}; known: {', '.join(DECODERS)}")
     full = ("vae",) if decoder == "full" else ()
@@ -290,6 +294,9 @@ def find_generator(given: str | None) -> Path:
 
     Args:
         given: a run folder, a generator's file, or an address that edm_weights.fetch knows.
+
+    Raises:
+        UserError: nothing is to be had there.
     """
     if given:
         folder = Path(given)

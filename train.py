@@ -12,7 +12,8 @@ been interrupted. The last line it prints:
 
 Read `training_step` first: it is Algorithm 1's loop body. What step k draws for row i of the global
 batch is a function of (seed, k, i) alone, so neither resuming nor the number of processes nor
-gradient accumulation changes what is computed: beyond rounding, and on one CPU process not at all.
+gradient accumulation changes what is computed, beyond rounding; on one CPU process resuming changes
+not a bit.
 """
 
 import copy
@@ -22,7 +23,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +82,7 @@ class Config:
     )
     lambda_reg: float | None = option(None, "weight of the regression loss")
     lambda_reg_decay: float | None = option(
-        None, "factor by which that weight falls over the run, 1 = constant"
+        None, "factor by which that weight falls over the run, 1 = constant (not in the paper)"
     )
     distance: str | None = option(None, "distance of the regression loss", ("l2", "lpips"))
     weighting: str | None = option(None, "w_t of the KL gradient", WEIGHTINGS)
@@ -91,7 +92,11 @@ class Config:
     )
     tiny_decoder: str | None = option(None, "sd15: folder or repository of it (default: TAESD)")
     grad_clip: float | None = option(None, "largest L2 norm of a gradient")
-    amp: str = option("auto", "half precision: auto = bf16 on a GPU that has it, else off", AMP)
+    amp: str = option(
+        "auto",
+        "half precision; auto: bf16 on a GPU that has it, fp16 on an older one, off on a CPU",
+        AMP,
+    )
     # From here on, nothing changes the result beyond rounding.
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     accumulate: int = option(1, "micro-batches per step: less memory, same batch")
@@ -100,15 +105,21 @@ class Config:
     shard_optimizer: bool = option(False, "spread AdamW's state over the ranks (ZeRO-1)")
     log_every: int = option(10, "steps between updates of the progress line")
     save_every: int | None = option(None, "steps between checkpoints, pictures and curves")
-    keep: int = option(1, "checkpoints to keep; older ones are named by their step")
+    keep: int = option(
+        1, "checkpoints to keep; if more than 1, each also as a copy named by its step"
+    )
 
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's, for LPIPS
 
 
 def resolve(config: Config, ranks: Ranks) -> Config:
-    """Fill the options left at None from the dataset's row, and check their ranges."""
-    workload = get_workload(config.dataset)
+    """Fill the options left at None from the dataset's row, and check their ranges.
+
+    Raises:
+        UserError: an option out of range, or batches that ranks x accumulate do not divide.
+    """
+    config, workload = replace(config), get_workload(config.dataset)
     if config.batch_size is not None and config.batch_size_ref is None:
         ratio = workload.batch_size_ref / workload.batch_size
         config.batch_size_ref = max(1, round(ratio * config.batch_size))
@@ -440,6 +451,9 @@ def prepare(config: Config, ranks: Ranks) -> Run:
     """Line 1 of Algorithm 1: G and mu_fake start as copies of the teacher.
 
     All networks are in eval mode and stay there: no dropout anywhere.
+
+    Raises:
+        UserError: no pairs, or another teacher's; missing weights; a folder with another run.
     """
     pairs = Pairs(Path(config.pairs), config.dataset)
     with ranks.first_goes_first():
@@ -478,7 +492,9 @@ def main(config: Config) -> None:
     config = resolve(config, ranks)
     run, out = prepare(config, ranks), Path(config.out)
     start, rows = load_checkpoint(out, run)
-    if ranks.any(start != ranks.mean(torch.tensor(float(start), device=ranks.device)).item()):
+    # On the CPU: a GPU's x / 7 may be off by a bit.
+    mean_start = ranks.mean(torch.tensor(start, dtype=torch.float64))
+    if ranks.any(start != mean_start.item()):
         raise UserError(f"the ranks see different checkpoints; {out} must be on a shared disk")
     log, signals = Log(config, ranks, start, rows), catch_signals()
     for step in range(start, config.steps):

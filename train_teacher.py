@@ -1,4 +1,4 @@
-"""Train the small MNIST teacher that ships in assets/, with EDM's own objective.
+"""Train a small MNIST teacher like the one that ships in assets/, with EDM's own objective.
 
     python train_teacher.py --compile
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from devices import pick_device
 from edm_unet import EDMPrecond, heun_sample
-from edm_weights import load_edm
+from edm_weights import load_edm, one_line_errors, torch_load
 from rundir import (
     UserError,
     generator_for,
@@ -40,6 +40,7 @@ from rundir import (
 from workloads import MNIST_TEACHER_KWARGS, load_mnist
 
 SIGMA_DATA = 0.5  # EDM's, and EDMPrecond's default
+FREE_OPTIONS = ("data", "out", "save_every", "device")  # may differ when a run is resumed
 
 
 @dataclass
@@ -69,6 +70,13 @@ def edm_loss(
 
     ln sigma ~ N(p_mean, p_std^2); lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2
     makes the loss of an untrained network 1 at every sigma.
+
+    Args:
+        net: (x (B, 1, 28, 28), sigma (B, 1, 1, 1), labels) -> its denoised images.
+        images: (B, 1, 28, 28) in [-1, 1]; labels: (B,) long.
+
+    Returns:
+        loss, scalar.
     """
     normal = torch.randn(len(images), 1, 1, 1, generator=generator)
     sigma = (p_mean + p_std * normal).exp().to(images.device)
@@ -103,18 +111,25 @@ def check(config: Config) -> None:
         raise UserError("--ema must be in 0 .. 1, --warmup and --seed at least 0")
 
 
-def resume(config: Config, run: dict, device: torch.device) -> tuple[int, list[dict]]:
+def resume(config: Config, run: dict) -> tuple[int, list[dict]]:
     """Restore the last checkpoint, if there is one of the same run -> steps done, log rows.
 
     Raises:
-        UserError: the folder holds a run with other settings.
+        UserError: the folder holds a run with other settings, or a damaged checkpoint.
     """
     out = Path(config.out)
     if not (out / "checkpoint.pt").exists():
         return 0, []
-    state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
-    if state["config"] != {**asdict(config), "device": state["config"]["device"]}:
-        raise UserError(f"{out} holds a run with other settings; choose another --out")
+    with one_line_errors(out / "checkpoint.pt"):
+        state = torch_load(out / "checkpoint.pt")
+    changed = [
+        name for name, value in asdict(config).items()
+        if name not in FREE_OPTIONS and state["config"].get(name) != value
+    ]  # fmt: skip
+    if changed:
+        raise UserError(
+            f"{out} holds a run with another {', '.join(changed)}; choose another --out"
+        )
     for name, part in run.items():
         part.load_state_dict(state[name])
     with open(out / "log.csv", newline="") as file:
@@ -133,7 +148,7 @@ def main(config: Config) -> None:
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
     run = {"net": net, "ema": ema, "optimizer": optimizer}
-    done, log = resume(config, run, device)
+    done, log = resume(config, run)
 
     progress = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="teacher")
     for step in progress:
@@ -159,7 +174,7 @@ def main(config: Config) -> None:
                 average.lerp_(weight, 1 - decay)
 
         if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is {loss.item()} at step {step}; lower --learning-rate")
+            raise UserError(f"the loss is {loss.item()} at step {step + 1}; lower --learning-rate")
         log.append({"step": step + 1, "loss": f"{loss.item():.6f}"})
         progress.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:

@@ -26,10 +26,10 @@ class Workload:
 
     image_shape: tuple[int, int, int]  # (C, H, W) of z, x and y
     num_classes: int  # 0: unconditional
-    teacher: str  # a file in assets/, or the released file's name
+    teacher: str  # a file in assets/, a released file's name, or sd15's Hub repository
     # Pairs: the teacher's deterministic ODE solution.
     num_pairs: int
-    solver: str
+    solver: str  # "heun" (EDM) or "pndm" (Stable Diffusion)
     solver_steps: int
     guidance: float  # classifier-free guidance of the real score and of the pairs; 1 = none
     # Losses.
@@ -53,6 +53,11 @@ class Workload:
     fake_lr_ratio: float = 1.0  # mu_fake's learning rate over G's
     lambda_reg_decay: float = 1.0  # factor by which lambda_reg falls over the run
     ema: float = 0.0  # decay of a moving average of G's weights, which is then what is kept
+
+    @property
+    def latent(self) -> bool:
+        """Stable Diffusion: z, x and y are latents, the condition is text."""
+        return self.solver == "pndm"
 
 
 WORKLOADS = {

@@ -2,11 +2,11 @@
 
     python benchmarks/ablation.py              5 variants x 3 seeds: about 40 minutes on 2 CPU cores
 
-Every variant is one option of train.py; all have 300 steps, less than half of the default recipe's
-(--steps 800 for the full budget). Runs that are done are not repeated, an interrupted one goes on.
-It needs pairs (python make_pairs.py) and leaves, in runs/ablation, a folder a run, table.md, and
-variants.png (one row of digits a variant, seed 0, the same noises). The table is also printed; the
-last line is
+Every variant changes one option of train.py ("without regression" the learning rate too, as in the
+paper). All have 300 steps, less than half of the default recipe's (--steps 800: all of them). Runs
+that are done are not repeated, an interrupted one goes on. Needs pairs (python make_pairs.py) and
+leaves, in runs/ablation, a folder a run, table.md, and variants.png (one row of digits a variant,
+seed 0, the same noises). The table is also printed; the last line is
 
     wrote runs/ablation/table.md and runs/ablation/variants.png
 """

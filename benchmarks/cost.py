@@ -6,7 +6,7 @@
 Every network is built on the meta device (no memory) and its floating-point operations are counted.
 A step costs 11 forwards of B images when B images are paired and B are not (benchmarks/step.py says
 why), in general 3 (B + R) for G, and 5 for mu_real and mu_fake on the K images of the KL gradient;
-guidance doubles mu_real; LPIPS costs 4 forwards of VGG on R images. Gradient checkpointing adds one
+guidance doubles mu_real; LPIPS costs 3 forwards of VGG on R images. Gradient checkpointing adds one
 forward of G and of mu_fake. "GPU days" are for one GPU at the given share of its peak.
 """
 
@@ -52,19 +52,20 @@ def forward_flops(dataset: str) -> int:
 
 
 def lpips_flops(workload: Workload) -> int:
-    """Operations of LPIPS for one pair of images: both forwards, and one backward."""
+    """Operations of LPIPS for one pair of images: two forwards, and one backward to x_ref alone
+    (VGG is frozen), which costs as much as a forward."""
     if workload.distance != "lpips":
         return 0
-    size = 512 if workload.solver == "pndm" else 224
+    size = 512 if workload.latent else 224
     with torch.device("meta"):
-        return 4 * flops(vgg16().features, torch.zeros(1, 3, size, size))
+        return 3 * flops(vgg16().features, torch.zeros(1, 3, size, size))
 
 
 def step_flops(workload: Workload, forward: int) -> int:
     """Operations of one training step over all GPUs."""
     B, R = workload.batch_size, workload.batch_size_ref
     K = B + R if workload.kl_on_pairs else B
-    recomputed = B + R + K if workload.solver == "pndm" else 0
+    recomputed = B + R + K if workload.latent else 0
     guided = K if workload.guidance != 1 else 0
     forwards = 3 * (B + R) + 5 * K + guided + recomputed
     return forwards * forward + R * lpips_flops(workload)

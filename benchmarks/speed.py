@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from devices import AMP
 from rundir import UserError, option, read_json, run_script, write_bytes
-from workloads import get_workload
+from workloads import MNIST_GENERATOR, get_workload
 
 ROOT = Path(__file__).parent.parent
 BATCHES = {"mnist": (4, 8, 16, 32, 64), "cifar10": (1, 2, 4), "imagenet64": (1, 2)}
 RESOLUTIONS = {"mnist": (28, 56, 84, 112)}
-BATCH = 8  # of the measurements against the resolution
+BATCH = 8  # of the measurements against the resolution, times --scale
 
 
 @dataclass
@@ -75,15 +75,16 @@ def measure(config: Config, dataset: str, batch: int, size: int | None = None) -
     return found
 
 
-def draw(path: Path, by_batch: dict, by_size: dict) -> None:
+def draw(path: Path, by_batch: dict, by_size: dict, batch: int) -> None:
     """The picture: seconds per step and memory, against the batch and against the resolution.
 
     Args:
         by_batch, by_size: dataset -> {batch size or resolution: what `measure` found}.
+        batch: the batch size of by_size.
     """
     figure = Figure(figsize=(12, 6), layout="constrained")
     panels = figure.subplots(2, 2, sharex="col")
-    columns = ((by_batch, "batch size"), (by_size, f"resolution, batch size {BATCH}"))
+    columns = ((by_batch, "batch size"), (by_size, f"resolution, batch size {batch}"))
     for (top, bottom), (series, label) in zip(panels.T, columns, strict=True):
         for dataset, found in series.items():
             top.plot(found, [n["step"] / 1000 for n in found.values()], "o-", label=dataset)
@@ -93,7 +94,8 @@ def draw(path: Path, by_batch: dict, by_size: dict) -> None:
         ticks = sorted({x for found in series.values() for x in found})
         bottom.set_xticks(ticks, [str(x) for x in ticks], minor=False)
         bottom.minorticks_off()
-        top.legend()
+        if series:
+            top.legend()
         top.grid(alpha=0.3), bottom.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=80)
@@ -119,12 +121,14 @@ def main(config: Config) -> None:
     by_size = {
         dataset: {n: measure(config, dataset, BATCH * config.scale, n) for n in sizes}
         for dataset, sizes in RESOLUTIONS.items()
+        if dataset in datasets
     }
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "digits.png"
-        lines = run("sample.py", "--teacher", "--out", picture, "--device", config.device)
+        options = ["--checkpoint", MNIST_GENERATOR, "--teacher", "--out", picture]
+        lines = run("sample.py", *options, "--device", config.device)
     print("mnist, " + next(line for line in lines if "faster" in line))
-    draw(Path(config.out), by_batch, by_size)
+    draw(Path(config.out), by_batch, by_size, BATCH * config.scale)
     print(f"wrote {config.out}")
 
 

@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from devices import AMP, Ranks, pick_amp, pick_device
+from devices import AMP, Ranks, pick_amp, pick_device, to
 from dmd_loss import lpips_distance
 from edm_unet import EDMPrecond
 from edm_weights import EDM_ARCHITECTURES
@@ -106,7 +106,7 @@ def measure(config: Config, folder: Path) -> dict[str, float]:
     run = train.prepare(train.resolve(options, ranks), ranks)
     x = torch.randn(B, *workload.image_shape)
     cond = torch.arange(B) % workload.num_classes if workload.num_classes else None
-    x, t, cond = train.to(device, x, torch.full((B,), 500), cond)
+    x, t, cond = to(device, x, torch.full((B,), 500), cond)
 
     @torch.no_grad()
     def forward():
@@ -136,8 +136,9 @@ def main(config: Config) -> None:
         raise UserError("--batch-size and --repeats must be at least 1")
     workload = get_workload(config.dataset)
     size = config.resolution or workload.image_shape[-1]
-    if size < 4 or size % 4:
-        raise UserError(f"--resolution must be a multiple of 4, not {size}")
+    least = 2 ** (len(NETWORKS[config.dataset]["channel_mult"]) - 1)  # the network halves it
+    if size < least or size % least:
+        raise UserError(f"--resolution must be a multiple of {least}, not {size}")
     shape = (workload.image_shape[0], size, size)
     WORKLOADS[config.dataset] = replace(workload, image_shape=shape)
     with tempfile.TemporaryDirectory() as folder:

@@ -735,6 +735,7 @@ def test_evaluate_by_command(finished_run, tmp_path):
         (["train.py", "--pairs", "nowhere"], ["no pairs in nowhere", "make_pairs.py"]),
         (["sample.py", "--labels", "10"], ["label 10 is out of range", "0-9"]),
         (["sample.py", "--seeds", "one"], ["--seeds", "0-9"]),
+        (["sample.py", "--steps", "9"], ["--steps is the teacher's", "--teacher"]),
         (["evaluate.py", "--rows", "pupil"], ["'pupil'", "student"]),
     ],
 )  # fmt: skip
