@@ -14,7 +14,7 @@ Eq. 7's noise is kept small here, sigma up to a fifth of the distance between th
 260 of 1000): with more, the teacher's score at the near mode feels the far one. Try --max-step 400,
 where sigma reaches that distance: (b) then finds both modes without any pairs.
 
-Device: CPU, about 25 seconds. It prints how the samples spread, and last:
+Device: CPU, about 20 seconds. It prints how the samples spread, and last:
 
     wrote figure3.png
 """
