@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -87,13 +88,14 @@ def draw(path: Path, by_batch: dict, by_size: dict, batch: int) -> None:
     columns = ((by_batch, "batch size"), (by_size, f"resolution, batch size {batch}"))
     for (top, bottom), (series, label) in zip(panels.T, columns, strict=True):
         for dataset, found in series.items():
-            top.plot(found, [n["step"] / 1000 for n in found.values()], "o-", label=dataset)
-            bottom.plot(found, [n["GiB"] for n in found.values()], "o-", label=dataset)
+            x, measured = list(found), found.values()
+            top.plot(x, [n["step"] / 1000 for n in measured], "o-", label=dataset)
+            bottom.plot(x, [n["GiB"] for n in measured], "o-", label=dataset)
         top.set(xscale="log", yscale="log", ylabel="seconds per training step")
-        bottom.set(xscale="log", yscale="log", ylabel="peak memory, GiB", xlabel=label)
+        bottom.set(xscale="log", ylim=(0, None), ylabel="peak memory, GiB", xlabel=label)
         ticks = sorted({x for found in series.values() for x in found})
         bottom.set_xticks(ticks, [str(x) for x in ticks], minor=False)
-        bottom.minorticks_off()
+        bottom.xaxis.set_minor_locator(NullLocator())
         if series:
             top.legend()
         top.grid(alpha=0.3), bottom.grid(alpha=0.3)

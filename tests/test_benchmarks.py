@@ -76,3 +76,10 @@ def test_the_ablation_table_shows_mean_and_range():
     ]
     row = load("ablation").table({"full": runs}).splitlines()[-1]
     assert row == "| full | 2.00 (1.00 .. 3.00) | 97.0 (96.0 .. 98.0) % | 1.00 (0.90 .. 1.10) |"
+
+
+@pytest.mark.parametrize("by_size", [{}, {"mnist": {28: {"step": 9.0, "GiB": 1.0}}}])
+def test_the_picture_of_speeds(tmp_path, by_size):
+    by_batch = {"mnist": {n: {"step": 10.0 * n, "GiB": 0.1 * n} for n in (4, 8)}}
+    load("speed").draw(tmp_path / "speed.png", by_batch, by_size, batch=8)
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
