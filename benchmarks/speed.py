@@ -1,6 +1,6 @@
 """How fast everything is on this machine, in one run, and how it grows: a table and a picture.
 
-    python benchmarks/speed.py                                       about 10 minutes on 2 CPU cores
+    python benchmarks/speed.py                                       on a CPU, in minutes
     python benchmarks/speed.py --scale 16 --amp bf16 --compile       on a GPU
 
 Training steps of the EDM workloads (`step.py`, each in a process of its own, so that peak memory is
