@@ -63,9 +63,12 @@ def claim_folder(out: Path, config: "Config", teacher: dict[str, str], pairs: Pa
         if holds_files(out):
             raise UserError(f"{out} holds other files; choose another --out")
         return write_json(out / "config.json", settings)
-    if not (out / "checkpoint.pt").exists():  # the run never saved: it may start otherwise
-        return write_json(out / "config.json", settings)
     found = read_json(out / "config.json")
+    if not (out / "checkpoint.pt").exists() and found != settings:
+        # Nothing but our settings: the run never saved, and may start otherwise.
+        if "made_pairs" in found and not holds_files(out, but="config.json"):
+            return write_json(out / "config.json", settings)
+        raise UserError(f"{out} holds other files, and no checkpoint.pt; choose another --out")
     names = sorted(settings.keys() | found.keys())
     changed = [name for name in names if settings.get(name) != found.get(name)]
     # Without decay, step k does not know how many steps follow: such a run may be prolonged.
@@ -138,14 +141,10 @@ def keep_copies(out: Path, step: int, keep: int) -> None:
         path = out / name
         with atomic_path(path.with_name(f"{path.stem}_{step:06d}{path.suffix}")) as temporary:
             shutil.copyfile(path, temporary)
-        numbered = sorted(out.glob(f"{path.stem}_[0-9]*{path.suffix}"), key=step_of)
-        for old in numbered[:-keep]:
+        # By age, not by step: who went back to an early copy means to keep what comes after it.
+        copies = out.glob(f"{path.stem}_[0-9]*{path.suffix}")
+        for old in sorted(copies, key=lambda copy: copy.stat().st_mtime_ns)[:-keep]:
             old.unlink()
-
-
-def step_of(path: Path) -> int:
-    """The step in a file's name, checkpoint_000500.pt."""
-    return int(path.stem.rpartition("_")[2])
 
 
 class Log:

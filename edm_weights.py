@@ -735,7 +735,7 @@ def download(url: str, path: Path) -> None:
         with response:
             copy_response(response, part, have, url)
     with disk_errors(part):
-        with open(part, "rb") as file:
+        with open(part, "r+b") as file:
             head = file.read(64)
             os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
         if not head or is_web_page(head):

@@ -61,7 +61,14 @@ from rundir import (
     to_uint8,
     write_json,
 )
-from teachers import Teacher, find_generator, is_sd_unet, load_generator, load_teacher
+from teachers import (
+    Teacher,
+    check_teaches,
+    find_generator,
+    is_sd_unet,
+    load_generator,
+    load_teacher,
+)
 from workloads import WORKLOADS, file_hash, get_workload
 
 ROWS = ("student", "teacher", "untrained")
@@ -202,6 +209,8 @@ def load_rows(config: Config, device: torch.device) -> tuple[str, list[Row]]:
         rows["student"] = Row("student", G, 1, source, file_hash(path))
     if names.keys() - {"student"}:
         teacher = load_teacher(dataset, config.teacher_weights).to(device)
+        if "student" in names and config.teacher_weights is None:
+            check_teaches(teacher, metadata, path)
         record, default = teacher.record, get_workload(dataset).solver_steps
         for name, steps in (("teacher", config.steps or default), ("untrained", 1)):
             draw = partial(draw_from_teacher, teacher, steps)

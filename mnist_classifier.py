@@ -52,6 +52,22 @@ def classify(
     return torch.cat(features), torch.cat(predictions)
 
 
+@torch.inference_mode()
+def confidence(
+    classifier: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    device: torch.device,
+    batch_size: int = 500,
+) -> Tensor:
+    """Probability (N,), 0 .. 1, that the classifier gives each image's own label, on the CPU."""
+    rows = []
+    for batch, label in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        probabilities = classifier(batch.to(device))[1].softmax(dim=1).cpu()
+        rows.append(probabilities.gather(1, label[:, None])[:, 0])
+    return torch.cat(rows)
+
+
 def load_classifier(device: torch.device) -> nn.Module:
     """The classifier of assets/, in eval mode."""
     classifier = MNISTClassifier()
@@ -90,13 +106,14 @@ def train_classifier(
         progress.set_postfix(loss=f"{loss.item():.3f}")
 
     # What ships is float16; the statistics belong to exactly those weights.
-    tensors = {name: value.half() for name, value in classifier.state_dict().items()}
-    write_tensors(CLASSIFIER, tensors, {"dataset": "mnist"})
-    classifier = load_classifier(device)
+    classifier.half()
+    tensors = {name: value.clone() for name, value in classifier.state_dict().items()}
+    classifier.float().eval()
     features, predictions = classify(classifier, test_images, device)
     mean, covariance = mean_and_covariance(features)
     diversity = torch.tensor(class_diversity(test_images, test_labels), dtype=torch.float64)
     statistics = {"mean": mean, "covariance": covariance, "diversity": diversity}
+    write_tensors(CLASSIFIER, tensors, {"dataset": "mnist"})
     write_tensors(STATISTICS, statistics, {"dataset": "mnist test set"})
     accuracy = (predictions == test_labels).double().mean()
     print(f"wrote {CLASSIFIER} and {STATISTICS}: test accuracy {accuracy:.2%}")

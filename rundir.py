@@ -39,15 +39,21 @@ def option(default, help: str, choices: tuple | None = None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line, as for every other mistake."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"error: {message}; --help lists the options\n")
+
+
 def run_script(main: Callable, config_class: type, doc: str) -> None:
     """Parse the command line into config_class, call main(config), turn UserError into exit code 2.
 
     Every field of the dataclass is an option: `lambda_reg: float = option(1.0, "...")` is
     `--lambda-reg X`; a bool has `--no-...` too; a tuple takes several values.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         shown = "" if field.default in (None, ()) else f" (default: {field.default})"
@@ -99,7 +105,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
         os.replace(temporary, path)
     except OSError as error:
@@ -118,11 +124,12 @@ def current_umask() -> int:
     return umask
 
 
-def holds_files(folder: Path) -> bool:
-    """Whether there is anything at `folder` beside hidden files, which a killed write leaves."""
+def holds_files(folder: Path, but: str = "") -> bool:
+    """Whether there is anything at `folder` beside `but` and hidden files, which a killed write
+    leaves."""
     if not folder.is_dir():
         return folder.exists()
-    return any(not path.name.startswith(".") for path in folder.iterdir())
+    return any(not path.name.startswith(".") and path.name != but for path in folder.iterdir())
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -30,6 +30,7 @@ from rundir import UserError, option, run_script, save_grid
 from teachers import (
     DECODERS,
     Teacher,
+    check_teaches,
     find_generator,
     latent_shape,
     load_generator,
@@ -254,6 +255,8 @@ def main(config: Config) -> None:
     cond = cond.to(device) if isinstance(cond, Tensor) else cond
 
     teacher = load_rest(config, dataset, G)
+    if config.teacher and config.teacher_weights is None:
+        check_teaches(teacher, metadata, path)
     G = G.to(device, memory_format=torch.channels_last)
     teacher = teacher and teacher.to(device, amp)
     given = {"z": z, "cond": cond, "teacher": teacher, "amp": amp}

@@ -288,6 +288,15 @@ def check_fits(dataset: str, net: EDMPrecond, path: Path) -> None:
         )
 
 
+def check_teaches(teacher: EDMTeacher | SDTeacher, metadata: dict, path: Path) -> None:
+    """Raise UserError if a generator's file says that it was distilled from another teacher."""
+    if metadata.get("teacher_sha256", teacher.record["sha256"]) != teacher.record["sha256"]:
+        raise UserError(
+            f"{path} was distilled from another teacher than {teacher.record['name']}; "
+            "give its file with --teacher-weights"
+        )
+
+
 def find_generator(given: str | None) -> Path:
     """The generator to use: the one given, else the newest run's, else the shipped one (and says
     which).

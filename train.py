@@ -131,13 +131,15 @@ def resolve(config: Config, ranks: Ranks) -> Config:
     config.out = config.out or f"runs/{config.dataset}"
     config.amp = pick_amp(config.amp, ranks.device)
     smallest = {"steps": 1, "batch_size": 1, "batch_size_ref": 1, "log_every": 1, "save_every": 1}
-    smallest |= {"warmup": 0, "learning_rate": 0, "lambda_reg": 0, "grad_clip": 0, "ema": 0}
-    smallest |= {"seed": 0, "fake_lr_ratio": 0, "lambda_dm": 0, "lambda_reg_decay": 1e-6}
+    smallest |= {"warmup": 0, "lambda_reg": 0, "ema": 0, "seed": 0, "lambda_dm": 0}
+    smallest |= {"learning_rate": 0, "fake_lr_ratio": 0, "lambda_reg_decay": 1e-6}
     smallest |= {"accumulate": 1, "keep": 1, "max_dm_step": 21}
     for name, bound in smallest.items():
         if not getattr(config, name) >= bound:
             name, value = name.replace("_", "-"), getattr(config, name)
             raise UserError(f"--{name} must be at least {bound}, not {value}")
+    if not config.grad_clip > 0:
+        raise UserError(f"--grad-clip must be above 0, not {config.grad_clip}; inf for no clipping")
     if config.ema >= 1:
         raise UserError(f"--ema must be below 1, not {config.ema}")
     if config.max_dm_step > 1000:
@@ -345,10 +347,12 @@ class Batch(NamedTuple):
 def micro_batches(config: Config, ranks: Ranks) -> list[tuple[range, range]]:
     """This rank's rows of the global batch, unpaired and paired, in `accumulate` equal parts.
 
-    What only serves a loss of weight 0 is left out: without regression there are no paired rows.
+    What only serves a loss of weight 0 is left out: without regression there are no paired rows,
+    unless Algorithm 1's line 4 takes them into the KL gradient.
     """
     B = config.batch_size if config.lambda_dm else 0
-    R = config.batch_size_ref if config.lambda_reg else 0
+    line_4 = get_workload(config.dataset).kl_on_pairs and config.lambda_dm
+    R = config.batch_size_ref if config.lambda_reg or line_4 else 0
     parts = ranks.count * config.accumulate
     mine = range(ranks.rank * config.accumulate, (ranks.rank + 1) * config.accumulate)
     return [(share(B, part, parts), share(R, part, parts)) for part in mine]

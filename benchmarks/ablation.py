@@ -1,6 +1,6 @@
 """Table 2 in small: what each part of the method is worth, on MNIST.
 
-    python benchmarks/ablation.py              5 variants x 3 seeds: about 40 minutes on 2 CPU cores
+    python benchmarks/ablation.py              5 variants x 3 seeds: about 45 minutes on 2 CPU cores
 
 Every variant changes one option of train.py ("without regression" the learning rate too, as in the
 paper). All have 300 steps, less than half of the default recipe's (--steps 800: all of them). Runs
@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pairs import sample_noise
+from pairs import Pairs, sample_noise
 from rundir import UserError, option, read_json, run_script, save_grid, write_bytes
 from teachers import load_generator
 
@@ -72,8 +72,9 @@ def measure(variant: str, seed: int, config: Config) -> dict[str, float]:
             "--samples", config.samples, "--json", numbers,
         )  # fmt: skip
     found = read_json(numbers)["student"]
-    trained = read_json(folder / "config.json")["steps"]
-    if found["samples"] != config.samples or config.steps != trained:
+    run_of, pairs = read_json(folder / "config.json"), Pairs(Path(config.pairs), "mnist")
+    trained = (run_of["steps"], run_of["made_pairs"])
+    if found["samples"] != config.samples or trained != (config.steps, pairs.meta):
         raise UserError(f"{folder} was another trial; choose another --out or delete {config.out}")
     return found
 

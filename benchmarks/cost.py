@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from edm_unet import EDMPrecond
 from edm_weights import EDM_ARCHITECTURES
-from rundir import option, run_script
+from rundir import UserError, option, run_script
 from sd_loader import SD15, UNet
 from workloads import MNIST_TEACHER_KWARGS, WORKLOADS, Workload
 
@@ -80,6 +80,8 @@ def pairs_flops(workload: Workload, forward: int) -> int:
 
 def main(config: Config) -> None:
     """Print the table."""
+    if not (config.tflops > 0 and config.utilisation > 0):
+        raise UserError("--tflops and --utilisation must be above 0")
     per_day = config.tflops * 1e12 * config.utilisation * 86400
     print(f"{config.tflops:g} TFLOP/s at {config.utilisation:.0%}")
     print(f"{'':16}{'forward':>12}{'step':>12}{'steps':>9}{'pairs':>12}{'training':>12}")

@@ -135,7 +135,7 @@ def main(config: Config) -> None:
     if config.batch_size < 1 or config.repeats < 1:
         raise UserError("--batch-size and --repeats must be at least 1")
     workload = get_workload(config.dataset)
-    size = config.resolution or workload.image_shape[-1]
+    size = workload.image_shape[-1] if config.resolution is None else config.resolution
     least = 2 ** (len(NETWORKS[config.dataset]["channel_mult"]) - 1)  # the network halves it
     if size < least or size % least:
         raise UserError(f"--resolution must be a multiple of {least}, not {size}")

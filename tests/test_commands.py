@@ -23,7 +23,7 @@ import edm_weights
 import make_pairs
 import sample
 import train
-from checkpoints import SCALARS, Log
+from checkpoints import SCALARS, Log, keep_copies
 from devices import Ranks
 from edm_unet import EDMPrecond, heun_sample
 from pairs import Pairs, sample_noise
@@ -353,6 +353,27 @@ def test_going_back_to_an_older_checkpoint(pairs, tmp_path):
         assert state["step"] == k
 
 
+def test_what_comes_after_going_back_is_kept(tmp_path):
+    """--keep 2: the newest copies are those written last, whatever their steps."""
+    for step in (800, 900, 500, 600):
+        (tmp_path / "checkpoint.pt").write_text(str(step))
+        (tmp_path / "generator.safetensors").write_text(str(step))
+        keep_copies(tmp_path, step, 2)
+        time.sleep(0.01)
+    left = sorted(path.stem for path in tmp_path.glob("*_*"))
+    assert left == [f"{name}_000{k}" for name in ("checkpoint", "generator") for k in (500, 600)]
+
+
+def test_without_regression_line_4_keeps_its_samples():
+    """The paired rows of sd15 serve the KL gradient too; those of the EDM datasets do not."""
+    for dataset, options, rows in (
+        ("sd15", {"lambda_reg": 0.0}, (2304, 1152)), ("mnist", {"lambda_reg": 0.0}, (32, 0)),
+        ("sd15", {"lambda_dm": 0.0}, (0, 1152)),
+    ):  # fmt: skip
+        config = train.resolve(train.Config(dataset=dataset, **options), ALONE)
+        assert [tuple(map(len, part)) for part in train.micro_batches(config, ALONE)] == [rows]
+
+
 # --------------------------------------------------------------------------------------------------
 # Half precision
 
@@ -541,7 +562,15 @@ def test_a_folder_with_another_run_is_left_alone(finished_run, pairs, tmp_path):
     with pytest.raises(UserError, match="another lambda_reg, seed"):
         train.main(tiny_config(pairs, finished_run, steps=2, seed=3, lambda_reg=0.3))
     assert files(finished_run) == before
-    (tmp_path / "thesis.txt").write_text("mine")
+    for mine in ("thesis.txt", "config.json"):
+        (tmp_path / mine).write_text("{}")
+        with pytest.raises(UserError, match="holds other files"):
+            train.main(tiny_config(pairs, tmp_path, steps=1))
+        assert (tmp_path / mine).read_text() == "{}"
+
+
+def test_a_foreign_config_is_left_alone(pairs, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds other files"):
         train.main(tiny_config(pairs, tmp_path, steps=1))
 
@@ -568,8 +597,9 @@ def test_damaged_checkpoint(finished_run, pairs, tmp_path):
             train.main(tiny_config(pairs, out, steps=2))
 
 
-def test_a_run_that_never_saved_may_be_started_otherwise(pairs, tmp_path, monkeypatch):
-    """A full disk at the first save (as torch.save tells it): one line, and no claim is left."""
+def test_a_run_that_never_saved_starts_anew(pairs, tmp_path, monkeypatch):
+    """A full disk at the first save (as torch.save tells it): one line. What was written before
+    the checkpoint belongs to those settings; of a run that left nothing others may take over."""
 
     def full(*_):
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
@@ -579,6 +609,16 @@ def test_a_run_that_never_saved_may_be_started_otherwise(pairs, tmp_path, monkey
         with pytest.raises(UserError, match=r"cannot write .*checkpoint.pt: .*enforce fail"):
             train.main(tiny_config(pairs, tmp_path / "run", steps=1))
     assert not (tmp_path / "run/checkpoint.pt").exists()
+    before = files(tmp_path / "run")
+    with pytest.raises(UserError, match="holds other files, and no checkpoint"):
+        train.main(tiny_config(pairs, tmp_path / "run", steps=1, lambda_reg=0.3))
+    assert files(tmp_path / "run") == before
+    train.main(tiny_config(pairs, tmp_path / "run", steps=1))
+    assert (tmp_path / "run/checkpoint.pt").exists()
+
+    for path in (tmp_path / "run").iterdir():
+        if path.name != "config.json":
+            path.unlink()
     train.main(tiny_config(pairs, tmp_path / "run", steps=1, lambda_reg=0.3))
     assert json.loads((tmp_path / "run/config.json").read_text())["lambda_reg"] == 0.3
 

@@ -16,12 +16,13 @@ from conftest import ROOT
 import evaluate
 import fid
 import mnist_classifier
+import sample
 import teachers
 from devices import Ranks
 from edm_unet import EDMPrecond, heun_sample
 from edm_weights import EDM_ARCHITECTURES
 from pairs import sample_noise
-from rundir import UserError, read_header, write_tensors
+from rundir import UserError, read_header, read_tensors, write_tensors
 from teachers import load_generator, load_teacher
 from workloads import ASSETS, MNIST_GENERATOR
 
@@ -61,6 +62,23 @@ def test_shipped_files_are_small_and_say_what_they_are():
     _, metadata = load_generator(MNIST_GENERATOR)
     assert json.loads(metadata["kwargs"])["img_resolution"] == 28
     assert metadata["teacher_sha256"] == load_teacher("mnist", None).record["sha256"]
+
+
+def test_a_generator_of_another_teacher_is_not_compared(tmp_path):
+    """The default teacher did not teach it: say so, rather than compare the two."""
+    tensors, metadata = read_tensors(MNIST_GENERATOR)
+    other = tmp_path / "generator.safetensors"
+    write_tensors(other, tensors, metadata | {"teacher_sha256": "0123456789abcdef"})
+    options = {"checkpoint": str(other), "device": "cpu"}
+    for rows in ((), ("student", "teacher"), ("student", "untrained")):
+        with pytest.raises(UserError, match="distilled from another teacher than mnist_teacher"):
+            evaluate.load_rows(evaluate.Config(rows=rows, **options), CPU)
+    with pytest.raises(UserError, match="distilled from another teacher than mnist_teacher"):
+        sample.main(sample.Config(teacher=True, out=str(tmp_path / "x.png"), **options))
+    assert not (tmp_path / "x.png").exists()
+    given = {**options, "teacher_weights": str(ASSETS / "mnist_teacher.safetensors")}
+    assert len(evaluate.load_rows(evaluate.Config(**given), CPU)[1]) == 3
+    assert len(evaluate.load_rows(evaluate.Config(rows=("student",), **options), CPU)[1]) == 1
 
 
 def test_ranks_share_the_digits(monkeypatch):

@@ -111,6 +111,14 @@ def test_command_line(monkeypatch, capsys):
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: the disk is full; make room\n"
 
+    for mistake in (["--nmber", "2"], ["--number", "two"], ["--kind", "z"], ["stray"]):
+        monkeypatch.setattr("sys.argv", ["script", *mistake])
+        with pytest.raises(SystemExit) as stopped:
+            run_script(fail, Config, "doc")
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and mistake[-1] in error
+
 
 def test_devices():
     assert pick_device("cpu").type == "cpu"

@@ -1,5 +1,6 @@
 """train_teacher.py on a few made-up digits: what it leaves, how it resumes, and --init."""
 
+import json
 import struct
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 import train_teacher
 from edm_unet import EDMPrecond
 from edm_weights import load_edm
-from rundir import UserError, read_tensors
-from teachers import load_teacher
-from workloads import ASSETS, MNIST_TEACHER_KWARGS
+from pairs import sample_noise
+from rundir import UserError, read_tensors, write_tensors
+from teachers import load_generator, load_teacher
+from workloads import ASSETS, MNIST_GENERATOR, MNIST_TEACHER_KWARGS
 
 SHIPPED = ASSETS / "mnist_teacher.safetensors"
 
@@ -34,6 +36,7 @@ def data(tmp_path_factory):
 
 def config(data, out, **options):
     options = {"steps": 2, "batch_size": 4, "save_every": 1, "device": "cpu", **options}
+    options = {"legible": 0, **options}  # the made-up digits are noise
     return train_teacher.Config(data=str(data), out=str(out), **options)
 
 
@@ -91,6 +94,45 @@ def test_it_starts_from_given_weights(data, tmp_path):
 
 def test_another_run_is_left_alone(straight, data):
     before = (straight / "teacher.safetensors").read_bytes()
-    with pytest.raises(UserError, match="holds a run with another "):
+    with pytest.raises(UserError, match="of a run with another seed"):
         train_teacher.main(config(data, straight, seed=1))
     assert (straight / "teacher.safetensors").read_bytes() == before
+
+
+def test_only_legible_digits_are_kept():
+    """Digits, and the same under a wrong label: the first are kept."""
+    labels = torch.arange(40) % 10
+    z = sample_noise(0, range(40), (1, 28, 28))
+    with torch.no_grad():
+        digits = load_generator(MNIST_GENERATOR)[0](z, labels)
+    images, wrong = torch.cat([digits, digits]), (labels + 1) % 10
+    given = torch.cat([labels, wrong])
+    kept, of_kept = train_teacher.legible_digits(images, given, 0.8, torch.device("cpu"))
+    assert 30 < len(kept) <= 40
+    rows = [int((digits == image).flatten(1).all(1).nonzero()) for image in kept]
+    assert rows == sorted(set(rows))
+    assert torch.equal(labels[rows], of_kept)
+    everything, _ = train_teacher.legible_digits(images, given, 0, torch.device("cpu"))
+    assert len(everything) == 80
+
+
+def test_nothing_legible_is_an_error(data, tmp_path):
+    with pytest.raises(UserError, match="no digit is read with --legible"):
+        train_teacher.main(config(data, tmp_path / "run", legible=1 - 1e-9))
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_do_not_belong_there(data, tmp_path):
+    """A checkpoint that is none of ours, a folder with other files, weights for other images."""
+    torch.save({"step": 3}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="is damaged or not"):
+        train_teacher.main(config(data, tmp_path))
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "other.pt")
+    with pytest.raises(UserError, match="holds other files"):
+        train_teacher.main(config(data, tmp_path))
+    other = EDMPrecond(**{**MNIST_TEACHER_KWARGS, "label_dim": 7})
+    metadata = {"kwargs": json.dumps(other.kwargs)}
+    write_tensors(tmp_path / "other.safetensors", other.state_dict(), metadata)
+    with pytest.raises(UserError, match="7 classes"):
+        init = str(tmp_path / "other.safetensors")
+        train_teacher.main(config(data, tmp_path / "run", init=init))
