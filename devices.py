@@ -8,6 +8,7 @@ A *rank* is the number of one of these processes. Rank 0 writes files; the other
 """
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,18 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {name!r} cannot be used ({reason}); try --device cpu") from None
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, up to 1 GiB, in blocks of up to 64 MiB (glibc alone).
+
+    A training step on a CPU frees and asks for the same memory again and again; having the
+    system clear it anew each time is about a tenth of MNIST's step.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        glibc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD, which would be 128 KiB once -1 is set
 
 
 def to(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:

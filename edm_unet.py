@@ -108,6 +108,7 @@ class UNetBlock(nn.Module):
         return self.proj(a.transpose(2, 3).reshape(b, c, h, w))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, c_in, H, W), emb (B, emb_channels) -> (B, c_out, H', W'), H' by the resampling."""
         h = self.conv0(self._resample(F.silu(self.norm0(x))))
         embedded = self.affine(emb)[:, :, None, None]
         if self.adaptive_scale:

@@ -42,6 +42,8 @@ from workloads import ASSETS, WORKLOADS, Workload, file_hash, get_workload
 
 @dataclass
 class Config:
+    """Options at None take the dataset's value from workloads.py."""
+
     dataset: str = option("mnist", f"one of {', '.join(WORKLOADS)}")
     teacher: str | None = option(None, "teacher weights (default: the dataset's own)")
     num_pairs: int | None = option(None, "number of pairs (default: the dataset's)")
@@ -55,7 +57,7 @@ class Config:
     out: str | None = option(None, "output folder (default: pairs/DATASET)")
     seed: int = option(0, "seed: z of pair k is a function of (seed, k)")
     amp: str = option("off", "half precision: bf16, fp16, off, or auto", AMP)
-    batch_size: int | None = option(None, "samples solved at a time (default: 250; sd15: 8)")
+    batch_size: int | None = option(None, "samples solved at a time (default: 100; sd15: 8)")
     shard_size: int = option(250, "pairs per file")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
 
@@ -106,7 +108,7 @@ def check(config: Config, workload: Workload) -> Config:
     """
     config = replace(config)
     if config.batch_size is None:
-        config.batch_size = 8 if workload.latent else 250
+        config.batch_size = 8 if workload.latent else 100  # on CPUs, more is slower
     if config.guidance is None:
         config.guidance = workload.guidance
     elif not workload.latent:

@@ -43,6 +43,8 @@ SEED = 2_000_000  # image s is sample s of this stream; pairs and training draw 
 
 @dataclass
 class Config:
+    """Options at None: the generator and its dataset decide."""
+
     checkpoint: str | None = option(
         None,
         "a run folder, a generator's file (for sd15 also others' UNets), https://... or "

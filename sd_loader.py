@@ -118,6 +118,7 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Queries from x (B, N, C), keys and values from context (B, M, C') -> (B, N, C)."""
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         return self.to_out(attention(q, k, v, self.heads))
 
@@ -156,6 +157,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, c_in) -> (B, N, c_out)."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -175,6 +177,7 @@ class TransformerBlock(nn.Module):
         self.ff = nn.ModuleDict({"net": net})
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x (B, HW, C), text (B, 77, 768) -> (B, HW, C)."""
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), text)
@@ -192,6 +195,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x (B, C, H, W), text (B, 77, 768) -> (B, C, H, W)."""
         tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, HW, C)
         tokens = self.transformer_blocks[0](tokens, text)
         return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
@@ -205,6 +209,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H/2, W/2)."""
         return self.conv(x)
 
 
@@ -216,6 +221,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, 2H, 2W)."""
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
@@ -437,6 +443,7 @@ class TextLayer(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, 77, 768) -> the same shape."""
         h, attn = self.layer_norm1(x), self.self_attn
         q, k, v = attn.q_proj(h), attn.k_proj(h), attn.v_proj(h)
         x = x + attn.out_proj(attention(q, k, v, self.heads, is_causal=True))
@@ -502,6 +509,7 @@ class PixelAttention(Attention):
         self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
 
     def forward(self, x: Tensor, text: None = None) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W); there is no text here."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         return x + super().forward(tokens, tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -592,6 +600,7 @@ class TinyBlock(nn.Module):
         self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
         return F.relu(self.conv(x) + x)
 
 

@@ -43,7 +43,7 @@ from rundir import UserError, generator_for, option, run_script, write_bytes
 MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
 STD = 0.1  # of each mode, along both axes
 START = torch.tensor([-0.62, 0.12])  # the spot where the generator starts
-SIGMA_DATA = 0.5  # EDM's preconditioning constant; also this mixture's spread, so nothing to tune
+SIGMA_DATA = 0.5  # EDM's preconditioning constant; also this mixture's spread along x
 
 BATCH = 256
 NUM_PAIRS = 10_000
@@ -60,6 +60,8 @@ PANELS = {
 
 @dataclass
 class Config:
+    """The noise levels, steps, seed and file of the three panels."""
+
     out: str = option("figure3.png", "file of the picture")
     steps: int = option(3000, "training steps per panel")
     max_step: int = option(260, "T_max of Eq. 7, of 1000 noise levels (the paper: 980)")

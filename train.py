@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import Log, claim_folder, load_checkpoint, save_run
-from devices import AMP, Ranks, autocast, join_ranks, pick_amp, share, to
+from devices import AMP, Ranks, autocast, join_ranks, keep_freed_memory, pick_amp, share, to
 from dmd_loss import (
     WEIGHTINGS,
     OneStepGenerator,
@@ -471,6 +471,8 @@ def prepare(config: Config, ranks: Ranks) -> Run:
         claim_folder(Path(config.out), config, teacher.record, pairs)
     ranks.barrier()
 
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     on_device = {"device": ranks.device, "memory_format": torch.channels_last}
     G, mu_fake = OneStepGenerator(teacher.student()).to(**on_device), teacher.student()
     mu_fake = mu_fake.to(**on_device)

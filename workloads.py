@@ -1,4 +1,4 @@
-"""The four workloads as one table: the numbers of the paper's Appendix B, and the small MNIST one.
+"""The workloads as one table: the numbers of the paper's Appendix B, and the small MNIST one.
 
 mnist        28x28 digits, teacher embedded in assets/, minutes on a CPU (not in the paper)
 cifar10      EDM's CIFAR-10 network, conditional (cifar10-uncond: unconditional)

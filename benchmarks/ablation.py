@@ -39,6 +39,8 @@ FIGURES = {"fd": "FD", "accuracy": "accuracy", "diversity": "diversity"}
 
 @dataclass
 class Config:
+    """What to run; the variants are VARIANTS."""
+
     out: str = option("runs/ablation", "folder of all runs")
     pairs: str = option("pairs/mnist", "folder of the pairs")
     seeds: int = option(3, "runs per variant")

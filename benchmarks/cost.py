@@ -29,6 +29,8 @@ from workloads import MNIST_TEACHER_KWARGS, WORKLOADS, Workload
 
 @dataclass
 class Config:
+    """The GPU that the days are of."""
+
     tflops: float = option(312.0, "peak of the GPU, 10^12 operations per second (A100, bfloat16)")
     utilisation: float = option(0.4, "share of the peak that is reached")
 

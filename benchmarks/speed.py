@@ -34,6 +34,8 @@ BATCH = 8  # of the measurements against the resolution, times --scale
 
 @dataclass
 class Config:
+    """What to measure, and how."""
+
     out: str = option("speed.png", "file of the picture")
     datasets: tuple[str, ...] = option((), f"workloads to time (default: {', '.join(BATCHES)})")
     scale: int = option(1, "multiplies all batch sizes: a GPU needs more work than a CPU")

@@ -45,6 +45,8 @@ NETWORKS = {"mnist": MNIST_TEACHER_KWARGS, **EDM_ARCHITECTURES}
 
 @dataclass
 class Config:
+    """What to measure, and how."""
+
     dataset: str = option("mnist", "whose networks", tuple(NETWORKS))
     batch_size: int = option(32, "B, unpaired and paired images each")
     resolution: int | None = option(None, "of the images, in place of the dataset's")
