@@ -3,7 +3,7 @@
     python benchmarks/ablation.py              5 variants x 3 seeds: about 45 minutes on 2 CPU cores
 
 Every variant changes one option of train.py ("without regression" the learning rate too, as in the
-paper). All have 300 steps, less than half of the default recipe's (--steps 800: all of them). Runs
+paper). All have 300 steps, a third of the default recipe's (--steps 900: all of them). Runs
 that are done are not repeated, an interrupted one goes on. Needs pairs (python make_pairs.py) and
 leaves, in runs/ablation, a folder a run, table.md, and variants.png (one row of digits a variant,
 seed 0, the same noises). The table is also printed; the last line is
