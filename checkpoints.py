@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -217,6 +216,8 @@ def draw_samples(path: Path, run: "Run") -> None:
 
 def draw_curves(path: Path, log: list[dict]) -> None:
     """curves.png: every logged scalar against the step."""
+    from matplotlib.figure import Figure  # slow to import
+
     steps = [int(row["step"]) for row in log]
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axis, name in zip(figure.subplots(2, 3, sharex=True).flat, SHOWN, strict=True):

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -24,6 +25,9 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+# Where the home folder cannot be written, matplotlib says so at length, and does without.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 class UserError(Exception):

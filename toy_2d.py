@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -238,6 +237,8 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def draw(path: Path, panels: dict[str, Tensor]) -> None:
     """The figure: each panel's samples, (B, 2, 1, 1), over real ones and their density."""
+    from matplotlib.figure import Figure  # slow to import
+
     real = MODES.repeat(700, 1) + STD * torch.randn(1400, 2, generator=generator_for(0))
     x, y = torch.linspace(-0.9, 0.9, 181), torch.linspace(-0.4, 0.4, 81)
     distance = torch.cdist(torch.cartesian_prod(x, y), MODES).reshape(181, 81, 2)

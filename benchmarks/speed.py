@@ -17,9 +17,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from devices import AMP
@@ -85,6 +82,9 @@ def draw(path: Path, by_batch: dict, by_size: dict, batch: int) -> None:
         by_batch, by_size: dataset -> {batch size or resolution: what `measure` found}.
         batch: the batch size of by_size.
     """
+    from matplotlib.figure import Figure  # slow to import
+    from matplotlib.ticker import NullLocator
+
     figure = Figure(figsize=(12, 6), layout="constrained")
     panels = figure.subplots(2, 2, sharex="col")
     columns = ((by_batch, "batch size"), (by_size, f"resolution, batch size {batch}"))
