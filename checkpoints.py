@@ -216,7 +216,7 @@ def draw_samples(path: Path, run: "Run") -> None:
 
 def draw_curves(path: Path, log: list[dict]) -> None:
     """curves.png: every logged scalar against the step."""
-    from matplotlib.figure import Figure  # slow to import
+    from matplotlib.figure import Figure  # late, see rundir.py
 
     steps = [int(row["step"]) for row in log]
     figure = Figure(figsize=(12, 6), layout="constrained")

@@ -44,8 +44,8 @@ def pick_device(name: str) -> torch.device:
 def keep_freed_memory() -> None:
     """Let this process keep what it frees, up to 1 GiB, in blocks of up to 64 MiB (glibc alone).
 
-    A training step on a CPU frees and asks for the same memory again and again; having the
-    system clear it anew each time is about a tenth of MNIST's step.
+    A training step on a CPU frees and asks for the same memory again and again, and the system
+    would clear it anew each time. What that costs is in benchmarks/README.md.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         glibc = ctypes.CDLL(None)

@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-# Where the home folder cannot be written, matplotlib says so at length, and does without.
+# Where the home folder cannot be written, matplotlib says so at length as it is imported, and does
+# without. (So the functions that draw import it, after this line.)
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 

@@ -237,7 +237,7 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def draw(path: Path, panels: dict[str, Tensor]) -> None:
     """The figure: each panel's samples, (B, 2, 1, 1), over real ones and their density."""
-    from matplotlib.figure import Figure  # slow to import
+    from matplotlib.figure import Figure  # late, see rundir.py
 
     real = MODES.repeat(700, 1) + STD * torch.randn(1400, 2, generator=generator_for(0))
     x, y = torch.linspace(-0.9, 0.9, 181), torch.linspace(-0.4, 0.4, 81)

@@ -162,7 +162,7 @@ def resume(config: Config, run: dict) -> tuple[int, list[dict]]:
         found, wanted = state["config"], asdict(config)
         changed = [k for k in wanted if k not in FREE_OPTIONS and found.get(k) != wanted[k]]
         if changed:
-            raise UserError(f"of a run with another {', '.join(changed)}; choose another --out")
+            raise UserError(f"a run with another {', '.join(changed)}; choose another --out")
         for name, part in run.items():
             part.load_state_dict(state[name])
         with open(out / "log.csv", newline="") as file:

@@ -82,7 +82,7 @@ def draw(path: Path, by_batch: dict, by_size: dict, batch: int) -> None:
         by_batch, by_size: dataset -> {batch size or resolution: what `measure` found}.
         batch: the batch size of by_size.
     """
-    from matplotlib.figure import Figure  # slow to import
+    from matplotlib.figure import Figure  # late, see rundir.py
     from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(12, 6), layout="constrained")

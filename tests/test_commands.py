@@ -571,8 +571,10 @@ def test_a_folder_with_another_run_is_left_alone(finished_run, pairs, tmp_path):
 
 def test_a_foreign_config_is_left_alone(pairs, tmp_path):
     (tmp_path / "config.json").write_text("{}")
+    before = files(tmp_path)
     with pytest.raises(UserError, match="holds other files"):
         train.main(tiny_config(pairs, tmp_path, steps=1))
+    assert files(tmp_path) == before
 
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(pairs, tmp_path, monkeypatch):
