@@ -38,9 +38,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from devices import AMP, Ranks, autocast, join_ranks, pick_amp, pick_device
-from edm_weights import fetch
-from fid import (
+from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp, pick_device
+from plumbing.digits import measure, train_classifier
+from plumbing.edm_files import fetch
+from plumbing.fid import (
     EDM_REFERENCES,
     INCEPTION_HASH,
     FeatureStatistics,
@@ -51,16 +52,9 @@ from fid import (
     seeded_inputs,
     write_statistics,
 )
-from mnist_classifier import measure, train_classifier
-from pairs import sample_noise
-from rundir import (
-    UserError,
-    option,
-    read_header,
-    run_script,
-    to_uint8,
-    write_json,
-)
+from plumbing.files import file_hash, read_header, to_uint8, write_json
+from plumbing.options import UserError, option, run_script
+from plumbing.pairs import sample_noise
 from teachers import (
     Teacher,
     check_teaches,
@@ -69,7 +63,7 @@ from teachers import (
     load_generator,
     load_teacher,
 )
-from workloads import WORKLOADS, file_hash, get_workload
+from workloads import WORKLOADS, get_workload
 
 ROWS = ("student", "teacher", "untrained")
 

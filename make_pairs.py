@@ -23,21 +23,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from devices import AMP, Ranks, autocast, join_ranks, pick_amp
-from pairs import num_shards, sample_noise, shard_path, shard_range
-from rundir import (
-    UserError,
+from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp
+from plumbing.files import (
+    file_hash,
     holds_files,
-    option,
     read_json,
     read_tensors,
-    run_script,
     save_grid,
     write_json,
     write_tensors,
 )
+from plumbing.options import UserError, option, run_script
+from plumbing.pairs import num_shards, sample_noise, shard_path, shard_range
 from teachers import DECODERS, Teacher, load_teacher
-from workloads import ASSETS, WORKLOADS, Workload, file_hash, get_workload
+from workloads import ASSETS, WORKLOADS, Workload, get_workload
 
 
 @dataclass

@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from devices import AMP, autocast, pick_amp, pick_device
 from dmd_loss import OneStepGenerator
-from pairs import sample_noise
-from rundir import UserError, option, run_script, save_grid
+from plumbing.devices import AMP, autocast, pick_amp, pick_device
+from plumbing.files import save_grid
+from plumbing.options import UserError, option, run_script
+from plumbing.pairs import sample_noise
 from teachers import (
     DECODERS,
     Teacher,

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rundir import UserError, load_strictly, read_json, read_tensors
+from plumbing.files import load_strictly, read_json, read_tensors
+from plumbing.options import UserError
 
 T = 1000  # number of discrete noise levels, t = 0 .. 999, larger is noisier
 

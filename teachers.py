@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from devices import DTYPES
 from dmd_loss import OneStepGenerator
 from edm_unet import SIGMA_MAX, EDMDenoiser, EDMPrecond, heun_sample
-from edm_weights import (
+from plumbing.devices import DTYPES
+from plumbing.edm_files import (
     fetch,
     file_format,
     load_edm,
@@ -29,7 +29,8 @@ from edm_weights import (
     one_line_errors,
     torch_load,
 )
-from rundir import UserError, read_header, read_json
+from plumbing.files import file_hash, read_header, read_json
+from plumbing.options import UserError
 from sd_loader import (
     TAESD_REPO,
     GuidedUNet,
@@ -40,7 +41,7 @@ from sd_loader import (
     load_sd,
     pndm_sample,
 )
-from workloads import ASSETS, MNIST_GENERATOR, WORKLOADS, Workload, file_hash, get_workload
+from workloads import ASSETS, MNIST_GENERATOR, WORKLOADS, Workload, get_workload
 
 DECODERS = ("tiny", "full")
 
@@ -159,7 +160,7 @@ def load_teacher(
 
     Args:
         dataset: a row of WORKLOADS.
-        source: the weights. EDM: a file or an address that edm_weights.fetch knows. sd15: a folder
+        source: the weights. EDM: a file or an address that edm_files.fetch knows. sd15: a folder
             in the diffusers layout or a Hub repository. None for the workload's own, which is
             downloaded if it is not embedded.
         guidance: sd15's scale; None for the workload's.
@@ -220,11 +221,11 @@ def latent_shape(config: dict) -> tuple[int, int, int]:
 def load_generator(source: str | Path) -> tuple[OneStepGenerator, dict[str, str]]:
     """G_theta from a run's generator.safetensors, and the file's metadata (its dataset, step, ...).
 
-    Also from others' EDM checkpoints (see edm_weights.read_edm_state), whose dataset is told by the
+    Also from others' EDM checkpoints (see edm_files.read_edm_state), whose dataset is told by the
     network's shape, and from UNets of Stable Diffusion v1.x under diffusers' names.
 
     Args:
-        source: a file, or an address that edm_weights.fetch knows.
+        source: a file, or an address that edm_files.fetch knows.
 
     Raises:
         UserError: missing or unreadable file, or one that holds no generator.
@@ -302,7 +303,7 @@ def find_generator(given: str | None) -> Path:
     which).
 
     Args:
-        given: a run folder, a generator's file, or an address that edm_weights.fetch knows.
+        given: a run folder, a generator's file, or an address that edm_files.fetch knows.
 
     Raises:
         UserError: nothing is to be had there.

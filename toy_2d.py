@@ -37,7 +37,9 @@ from dmd_loss import (
     regression_loss,
 )
 from edm_unet import EDMDenoiser, T, heun_sample
-from rundir import UserError, generator_for, option, run_script, write_bytes
+from plumbing.files import write_bytes
+from plumbing.options import UserError, option, run_script
+from plumbing.pairs import generator_for
 
 MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
 STD = 0.1  # of each mode, along both axes
@@ -237,7 +239,7 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def draw(path: Path, panels: dict[str, Tensor]) -> None:
     """The figure: each panel's samples, (B, 2, 1, 1), over real ones and their density."""
-    from matplotlib.figure import Figure  # late, see rundir.py
+    from matplotlib.figure import Figure  # late, see options.py
 
     real = MODES.repeat(700, 1) + STD * torch.randn(1400, 2, generator=generator_for(0))
     x, y = torch.linspace(-0.9, 0.9, 181), torch.linspace(-0.4, 0.4, 81)

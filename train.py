@@ -32,8 +32,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import Log, claim_folder, load_checkpoint, save_run
-from devices import AMP, Ranks, autocast, join_ranks, keep_freed_memory, pick_amp, share, to
 from dmd_loss import (
     WEIGHTINGS,
     OneStepGenerator,
@@ -45,13 +43,19 @@ from dmd_loss import (
     lpips_distance,
     regression_loss,
 )
-from pairs import Pairs
-from rundir import (
-    UserError,
-    generator_for,
-    option,
-    run_script,
+from plumbing.devices import (
+    AMP,
+    Ranks,
+    autocast,
+    join_ranks,
+    keep_freed_memory,
+    pick_amp,
+    share,
+    to,
 )
+from plumbing.options import UserError, option, run_script
+from plumbing.pairs import Pairs, generator_for
+from plumbing.rundir import Log, claim_folder, load_checkpoint, save_run
 from teachers import DECODERS, Teacher, load_teacher
 from workloads import WORKLOADS, Workload, get_workload
 

@@ -6,15 +6,10 @@ imagenet64   EDM's ImageNet-64 network
 sd15         Stable Diffusion v1.5, the LAION-Aesthetics 6.25+ run
 """
 
-import gzip
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from rundir import UserError
+from plumbing.options import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 MNIST_GENERATOR = ASSETS / "mnist_generator.safetensors"
@@ -184,29 +179,3 @@ def get_workload(dataset: str) -> Workload:
     if dataset not in WORKLOADS:
         raise UserError(f"unknown dataset {dataset!r}; known: {', '.join(WORKLOADS)}")
     return WORKLOADS[dataset]
-
-
-def file_hash(path: Path) -> str:
-    """The first 16 hexadecimal digits of a file's SHA-256: says whether two files are the same."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def load_mnist(folder: str, train: bool) -> tuple[Tensor, Tensor]:
-    """MNIST through torchvision -> images (N, 1, 28, 28) float32 in [-1, 1], labels (N,) long.
-
-    Raises:
-        UserError: not in the folder and not to be had from the network, or damaged.
-    """
-    try:
-        from torchvision.datasets import MNIST  # only needed to retrain what assets/ holds
-    except ImportError:
-        raise UserError("MNIST is read through torchvision: pip install torchvision") from None
-    try:
-        data = MNIST(folder, train=train, download=True)
-    except (OSError, RuntimeError, ValueError, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"MNIST is neither complete in {folder!r} nor downloadable ({error}); put its four "
-            f"files into {folder}/MNIST/raw"
-        ) from None
-    return data.data[:, None].float() / 127.5 - 1, torch.as_tensor(data.targets)

@@ -21,8 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pairs import Pairs, sample_noise
-from rundir import UserError, option, read_json, run_script, save_grid, write_bytes
+from plumbing.files import read_json, save_grid, write_bytes
+from plumbing.options import UserError, option, run_script
+from plumbing.pairs import Pairs, sample_noise
 from teachers import load_generator
 
 ROOT = Path(__file__).parent.parent

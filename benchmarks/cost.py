@@ -21,8 +21,8 @@ from torchvision.models import vgg16
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from edm_unet import EDMPrecond
-from edm_weights import EDM_ARCHITECTURES
-from rundir import UserError, option, run_script
+from plumbing.edm_files import EDM_ARCHITECTURES
+from plumbing.options import UserError, option, run_script
 from sd_loader import SD15, UNet
 from workloads import MNIST_TEACHER_KWARGS, WORKLOADS, Workload
 

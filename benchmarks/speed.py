@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from devices import AMP
-from rundir import UserError, option, read_json, run_script, write_bytes
+from plumbing.devices import AMP
+from plumbing.files import read_json, write_bytes
+from plumbing.options import UserError, option, run_script
 from workloads import MNIST_GENERATOR, get_workload
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,7 @@ def draw(path: Path, by_batch: dict, by_size: dict, batch: int) -> None:
         by_batch, by_size: dataset -> {batch size or resolution: what `measure` found}.
         batch: the batch size of by_size.
     """
-    from matplotlib.figure import Figure  # late, see rundir.py
+    from matplotlib.figure import Figure  # late, see options.py
     from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(12, 6), layout="constrained")

@@ -32,13 +32,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from devices import AMP, Ranks, pick_amp, pick_device, to
 from dmd_loss import lpips_distance
 from edm_unet import EDMPrecond
-from edm_weights import EDM_ARCHITECTURES
-from pairs import shard_path
-from rundir import UserError, option, run_script, write_json, write_tensors
-from workloads import MNIST_TEACHER_KWARGS, WORKLOADS, file_hash, get_workload
+from plumbing.devices import AMP, Ranks, pick_amp, pick_device, to
+from plumbing.edm_files import EDM_ARCHITECTURES
+from plumbing.files import file_hash, write_json, write_tensors
+from plumbing.options import UserError, option, run_script
+from plumbing.pairs import shard_path
+from workloads import MNIST_TEACHER_KWARGS, WORKLOADS, get_workload
 
 NETWORKS = {"mnist": MNIST_TEACHER_KWARGS, **EDM_ARCHITECTURES}
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import ROOT, fails_in_one_line, run
 
-from rundir import UserError
+from plumbing.options import UserError
 from workloads import WORKLOADS
 
 

@@ -19,15 +19,16 @@ import torch
 from conftest import ONE_THREAD, ROOT, fails_in_one_line, run
 from PIL import Image
 
-import edm_weights
 import make_pairs
 import sample
 import train
-from checkpoints import SCALARS, Log, keep_copies
-from devices import Ranks
 from edm_unet import EDMPrecond, heun_sample
-from pairs import Pairs, sample_noise
-from rundir import UserError, read_tensors, write_tensors
+from plumbing import edm_files
+from plumbing.devices import Ranks
+from plumbing.files import read_tensors, write_tensors
+from plumbing.options import UserError
+from plumbing.pairs import Pairs, sample_noise
+from plumbing.rundir import SCALARS, Log, keep_copies
 from teachers import load_generator, load_teacher
 from workloads import ASSETS, WORKLOADS
 
@@ -832,23 +833,23 @@ def test_checkpoints_that_cannot_be_used(tmp_path, finished_run):
 
 def test_generators_of_others(tmp_path, monkeypatch):
     """A bare state dict: its architecture and dataset are told by its shapes, its sigma is kept."""
-    small = edm_weights.EDM_ARCHITECTURES["cifar10"] | {
+    small = edm_files.EDM_ARCHITECTURES["cifar10"] | {
         "model_channels": 16, "num_blocks": 1, "channel_mult": [1, 1], "attn_resolutions": [],
     }  # fmt: skip
-    monkeypatch.setitem(edm_weights.EDM_ARCHITECTURES, "cifar10", small)
+    monkeypatch.setitem(edm_files.EDM_ARCHITECTURES, "cifar10", small)
     net = EDMPrecond(**small)
     state = {f"module.{name}": value for name, value in net.state_dict().items()}
     torch.save({"model_g": state, "model_d": {}}, tmp_path / "model.pt")
     torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
 
     z, cond = torch.randn(2, 3, 32, 32), torch.tensor([3, 8])
-    for name, sigma in (("model.pt", edm_weights.MODEL_G_SIGMA), ("pytorch_model.bin", 80.0)):
+    for name, sigma in (("model.pt", edm_files.MODEL_G_SIGMA), ("pytorch_model.bin", 80.0)):
         G, metadata = load_generator(tmp_path / name)
         assert metadata["dataset"] == "cifar10"
         with torch.no_grad():
             expected = net.eval()(sigma * z, sigma, cond)
             torch.testing.assert_close(G(z, cond), expected, rtol=1e-4, atol=1e-4)
-    assert abs(edm_weights.MODEL_G_SIGMA - 79.56) < 0.005
+    assert abs(edm_files.MODEL_G_SIGMA - 79.56) < 0.005
 
     out = tmp_path / "x.png"
     sample.main(sample.Config(checkpoint=str(tmp_path / "model.pt"), seeds="0-3", out=str(out)))

@@ -14,15 +14,15 @@ import torch
 from conftest import ROOT
 
 import evaluate
-import fid
-import mnist_classifier
 import sample
 import teachers
-from devices import Ranks
 from edm_unet import EDMPrecond, heun_sample
-from edm_weights import EDM_ARCHITECTURES
-from pairs import sample_noise
-from rundir import UserError, read_header, read_tensors, write_tensors
+from plumbing import digits, fid
+from plumbing.devices import Ranks
+from plumbing.edm_files import EDM_ARCHITECTURES
+from plumbing.files import read_header, read_tensors, write_tensors
+from plumbing.options import UserError
+from plumbing.pairs import sample_noise
 from teachers import load_generator, load_teacher
 from workloads import ASSETS, MNIST_GENERATOR
 
@@ -38,7 +38,7 @@ def test_diversity_is_the_mean_pairwise_distance_within_classes():
     images = torch.tensor([0.0, 3.0, 6.0, 10.0, 14.0]).reshape(5, 1, 1, 1)
     labels = torch.tensor([0, 0, 0, 1, 1])
     expected = ((3 + 3 + 6) / 3 + 4) / 2
-    assert mnist_classifier.class_diversity(images, labels) == pytest.approx(expected)
+    assert digits.class_diversity(images, labels) == pytest.approx(expected)
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_shipped_networks_make_digits(who):
             images = load_teacher("mnist", None).solve(z, labels, 12)
         else:
             images = load_generator(MNIST_GENERATOR)[0](z, labels)
-    _, predictions = mnist_classifier.classify(mnist_classifier.load_classifier(CPU), images, CPU)
+    _, predictions = digits.classify(digits.load_classifier(CPU), images, CPU)
     assert (predictions == labels).double().mean() >= 0.95
 
 

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-import fid
-from rundir import UserError, read_tensors
+from plumbing import fid
+from plumbing.files import read_tensors
+from plumbing.options import UserError
 
 
 class Projection(nn.Module):

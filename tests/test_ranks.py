@@ -14,12 +14,12 @@ import pytest
 import torch
 from conftest import ONE_THREAD, ROOT
 
-import checkpoints
 import make_pairs
 import train
-from devices import Ranks
 from dmd_loss import all_noise_levels, dm_noise_levels
-from rundir import UserError
+from plumbing import rundir
+from plumbing.devices import Ranks
+from plumbing.options import UserError
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 STEPS = 3
@@ -71,7 +71,7 @@ def weights(out, part="G"):
 def scalars(out):
     rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
-    return torch.tensor([[float(row[name]) for name in checkpoints.SCALARS] for row in rows])
+    return torch.tensor([[float(row[name]) for name in rundir.SCALARS] for row in rows])
 
 
 def difference(first, second, teacher):

@@ -17,14 +17,15 @@ from PIL import Image
 from safetensors import safe_open
 from test_sd_loader import relative_error, write_sd
 
-import checkpoints
 import make_pairs
 import sample
 import train
-from checkpoints import SCALARS
-from devices import join_ranks
-from pairs import Pairs, sample_noise
-from rundir import UserError, read_tensors, run_script
+from plumbing import rundir
+from plumbing.devices import join_ranks
+from plumbing.files import read_tensors
+from plumbing.options import UserError, run_script
+from plumbing.pairs import Pairs, sample_noise
+from plumbing.rundir import SCALARS
 from sd_loader import (
     GuidedUNet,
     SDDenoiser,
@@ -91,7 +92,7 @@ def train_to_the_end(options):
     """train.main, without the curves (half a second each), and Ctrl-C given back to pytest."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "draw_curves", lambda *_: None)
+        patch.setattr(rundir, "draw_curves", lambda *_: None)
         train.main(train.Config(**options))
     for number, handler in handlers.items():
         signal.signal(number, handler)

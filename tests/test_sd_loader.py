@@ -13,7 +13,8 @@ from huggingface_hub import errors
 from safetensors.torch import save_file
 
 import sd_loader
-from rundir import UserError, load_strictly, write_tensors
+from plumbing.files import load_strictly, write_tensors
+from plumbing.options import UserError
 from sd_loader import (
     SD15,
     CLIPTokenizer,

@@ -6,11 +6,12 @@ import struct
 import pytest
 import torch
 
-import train_teacher
+from assets import train_teacher
 from edm_unet import EDMPrecond
-from edm_weights import load_edm
-from pairs import sample_noise
-from rundir import UserError, read_tensors, write_tensors
+from plumbing.edm_files import load_edm
+from plumbing.files import read_tensors, write_tensors
+from plumbing.options import UserError
+from plumbing.pairs import sample_noise
 from teachers import load_generator, load_teacher
 from workloads import ASSETS, MNIST_GENERATOR, MNIST_TEACHER_KWARGS
 

@@ -8,14 +8,18 @@ Its weights and the test images' statistics are in assets/; `python evaluate.py 
 remakes both.
 """
 
+import gzip
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fid import frechet_distance, mean_and_covariance
-from rundir import generator_for, load_strictly, read_tensors, write_tensors
-from workloads import ASSETS, load_mnist
+from plumbing.fid import frechet_distance, mean_and_covariance
+from plumbing.files import load_strictly, read_tensors, write_tensors
+from plumbing.options import UserError
+from plumbing.pairs import generator_for
+from workloads import ASSETS
 
 CLASSIFIER = ASSETS / "mnist_classifier.safetensors"
 STATISTICS = ASSETS / "mnist_statistics.safetensors"
@@ -151,3 +155,23 @@ def measure(images: Tensor, labels: Tensor, device: torch.device) -> dict[str, f
         "diversity": class_diversity(images, labels) / float(statistics["diversity"]),
         "samples": len(images),
     }
+
+
+def load_mnist(folder: str, train: bool) -> tuple[Tensor, Tensor]:
+    """MNIST through torchvision -> images (N, 1, 28, 28) float32 in [-1, 1], labels (N,) long.
+
+    Raises:
+        UserError: not in the folder and not to be had from the network, or damaged.
+    """
+    try:
+        from torchvision.datasets import MNIST  # only needed to retrain what assets/ holds
+    except ImportError:
+        raise UserError("MNIST is read through torchvision: pip install torchvision") from None
+    try:
+        data = MNIST(folder, train=train, download=True)
+    except (OSError, RuntimeError, ValueError, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"MNIST is neither complete in {folder!r} nor downloadable ({error}); put its four "
+            f"files into {folder}/MNIST/raw"
+        ) from None
+    return data.data[:, None].float() / 127.5 - 1, torch.as_tensor(data.targets)

@@ -13,11 +13,13 @@ and, of a text-conditional teacher, the N prompts in its metadata.
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rundir import UserError, generator_for, read_json, read_metadata
+from plumbing.files import read_json, read_metadata
+from plumbing.options import UserError
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -117,3 +119,21 @@ class Pairs:
         if self.prompts:
             cond = [self.prompts[k] for k in indices]
         return gather("z"), gather("y").float(), cond
+
+
+# --------------------------------------------------------------------------------------------------
+# Randomness
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """A CPU generator whose stream is a function of the key alone, e.g. (seed, step).
+
+    Trailing zeros do not count: (3,) and (3, 0) are the same key.
+
+    Raises:
+        UserError: a negative number.
+    """
+    if min(key) < 0:
+        raise UserError(f"seeds must be at least 0, not {min(key)}")
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) >> 1)

@@ -36,9 +36,17 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from edm_weights import BY_HAND, DAMAGE, download, fetch, one_line, one_line_errors, torch_load
-from rundir import UserError, read_tensors, write_tensors
-from workloads import file_hash
+from plumbing.edm_files import (
+    BY_HAND,
+    DAMAGE,
+    download,
+    fetch,
+    one_line,
+    one_line_errors,
+    torch_load,
+)
+from plumbing.files import file_hash, read_tensors, write_tensors
+from plumbing.options import UserError
 
 FEATURES = 2048
 # torch-fidelity's conversion of the original TensorFlow weights. pytorch-fid offers the same bytes

@@ -21,9 +21,9 @@ import torch
 from test_edm_unet import golden
 from torch import nn
 
-import edm_weights
 from edm_unet import EDMPrecond
-from edm_weights import (
+from plumbing import edm_files
+from plumbing.edm_files import (
     EDM_ARCHITECTURES,
     EDM_URLS,
     fetch,
@@ -32,7 +32,8 @@ from edm_weights import (
     read_edm_pickle,
     read_edm_state,
 )
-from rundir import UserError, write_tensors
+from plumbing.files import write_tensors
+from plumbing.options import UserError
 
 TINY = dict(
     img_resolution=8, img_channels=3, label_dim=4, model_type="SongUNet", model_channels=16,
@@ -403,11 +404,11 @@ def test_a_blob_without_lies_is_read(tiny, pkl):
     """What the next tests distort is well-formed to begin with: only its shape is wrong."""
     refused(pkl(with_tensor(tiny, tensor(blob()))), MISSHAPEN)
     refused(pkl(with_tensor(tiny, tensor(blob(), 0, (2, 3), (1, 2)))), MISSHAPEN)
-    storage = edm_weights.read_storage(blob().call[1][0])
-    stored = edm_weights.StoredTensor.of(storage, 1, (2, 2), (1, 3))
+    storage = edm_files.read_storage(blob().call[1][0])
+    stored = edm_files.StoredTensor.of(storage, 1, (2, 2), (1, 3))
     assert stored.float().tolist() == [[1, 4], [2, 5]]
     # A small view of a large storage must not keep a copy of all of it.
-    copy = edm_weights.StoredTensor.of(storage, 2, (3,), (1,)).float()
+    copy = edm_files.StoredTensor.of(storage, 2, (3,), (1,)).float()
     assert copy.tolist() == [2, 3, 4] and copy.untyped_storage().nbytes() == 12
 
 
@@ -500,7 +501,7 @@ def test_pickles_that_would_exhaust_the_memory(tiny, pkl):
 
 
 def test_pickles_that_never_end(pkl, monkeypatch):
-    monkeypatch.setattr(edm_weights, "MAX_OPCODES", 1000)
+    monkeypatch.setattr(edm_files, "MAX_OPCODES", 1000)
     refused(pkl(b"\x80\x04}" + b"q\x00" * 1000 + b"."), "more instructions")
 
 
@@ -527,13 +528,13 @@ def test_modules_that_are_no_tree(tiny, pkl):
 
 def test_no_file_leaves_a_mark_on_the_next(tiny, pkl):
     """A pickle may set attributes of what it is given; the next file gets something fresh."""
-    before = edm_weights.stand_ins()
+    before = edm_files.stand_ins()
     for stand_in in before.values():
         for attribute in ("__defaults__", "__setstate__", "mark"):
             with contextlib.suppress(AttributeError, TypeError):
                 setattr(stand_in, attribute, (1, 2, 3))
     assert hasattr(before["torch._utils", "_rebuild_parameter"], "mark")
-    assert not any(hasattr(value, "mark") for value in edm_weights.stand_ins().values())
+    assert not any(hasattr(value, "mark") for value in edm_files.stand_ins().values())
     equal(load_edm(pkl({"ema": edm_network(tiny)})).state_dict(), tiny)
 
 
@@ -590,7 +591,7 @@ def test_no_file(tmp_path):
 @pytest.fixture
 def in_the_table(monkeypatch):
     table = {"tiny": TINY, "tiny-uncond": {**TINY, "label_dim": 0}}
-    monkeypatch.setattr(edm_weights, "EDM_ARCHITECTURES", table)
+    monkeypatch.setattr(edm_files, "EDM_ARCHITECTURES", table)
 
 
 def released_state(net: EDMPrecond, prefix: str = "", dtype=torch.float32) -> dict:
@@ -662,7 +663,7 @@ def test_a_header_as_long_as_a_pickles_first_byte(tmp_path):
     for length in (0x80, 0x1280):
         path = tmp_path / "x.safetensors"
         path.write_bytes(length.to_bytes(8, "little") + b"{}".ljust(length))
-        assert edm_weights.file_format(path) == "safetensors"
+        assert edm_files.file_format(path) == "safetensors"
 
 
 def test_our_own_files(tiny, tmp_path):
@@ -723,9 +724,9 @@ def test_the_table_is_the_papers():
     counts = {"cifar10": 55_734_147, "cifar10-uncond": 55_732_739, "imagenet64": 295_899_267}
     shapes = {}
     for name, kwargs in EDM_ARCHITECTURES.items():
-        shapes[name] = edm_weights.empty_network(kwargs).state_dict()
+        shapes[name] = edm_files.empty_network(kwargs).state_dict()
         assert sum(value.numel() for value in shapes[name].values()) == counts[name]
-    assert edm_weights.nearest_architecture(shapes["cifar10-uncond"]) == "cifar10-uncond"
+    assert edm_files.nearest_architecture(shapes["cifar10-uncond"]) == "cifar10-uncond"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -851,7 +852,7 @@ def test_downloads_that_fail(server, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(edm_weights.tqdm, "update", full)
+    monkeypatch.setattr(edm_files.tqdm, "update", full)
     fails(f"{server}/full/weights.pkl", tmp_path, "No space left", "make room")
 
 

@@ -23,10 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from devices import Ranks, to
-from pairs import Pairs, sample_noise
-from rundir import (
-    UserError,
+from plumbing.devices import Ranks, to
+from plumbing.files import (
     atomic_path,
     holds_files,
     read_json,
@@ -37,6 +35,8 @@ from rundir import (
     write_tensors,
     write_torch,
 )
+from plumbing.options import UserError
+from plumbing.pairs import Pairs, sample_noise
 
 if TYPE_CHECKING:
     from train import Config, Run
@@ -216,7 +216,7 @@ def draw_samples(path: Path, run: "Run") -> None:
 
 def draw_curves(path: Path, log: list[dict]) -> None:
     """curves.png: every logged scalar against the step."""
-    from matplotlib.figure import Figure  # late, see rundir.py
+    from matplotlib.figure import Figure  # late, see options.py
 
     steps = [int(row["step"]) for row in log]
     figure = Figure(figsize=(12, 6), layout="constrained")

@@ -41,7 +41,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from edm_unet import EDMPrecond, karras_sigmas
-from rundir import UserError, load_strictly, read_tensors
+from plumbing.files import load_strictly, read_tensors
+from plumbing.options import UserError
 
 # The three networks that the paper starts from. Bare state dicts do not say which one they are;
 # they are recognised by comparing their names and shapes with this table.

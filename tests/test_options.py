@@ -10,21 +10,19 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from devices import autocast, pick_amp, pick_device, share
-from rundir import (
-    UserError,
+from plumbing.devices import autocast, pick_amp, pick_device, share
+from plumbing.files import (
     atomic_path,
-    generator_for,
     holds_files,
-    option,
     read_header,
     read_tensors,
-    run_script,
     save_grid,
     to_uint8,
     write_bytes,
     write_tensors,
 )
+from plumbing.options import UserError, option, run_script
+from plumbing.pairs import generator_for
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):

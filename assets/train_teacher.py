@@ -1,6 +1,6 @@
 """Train a small MNIST teacher like the one that ships in assets/, with EDM's own objective.
 
-    python train_teacher.py --compile
+    python assets/train_teacher.py --compile
 
 In the paper the teacher is given (a released diffusion model). This script makes one that is small
 enough for a laptop: a class-conditional DDPM++ of 1.03 M parameters on 28x28 digits, trained as in
@@ -17,6 +17,7 @@ import copy
 import csv
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,23 +25,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from devices import pick_device
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from edm_unet import EDMPrecond, heun_sample
-from edm_weights import load_edm, one_line_errors, torch_load
-from mnist_classifier import confidence, load_classifier
-from rundir import (
-    UserError,
-    generator_for,
-    holds_files,
-    option,
-    run_script,
-    save_grid,
-    write_csv,
-    write_tensors,
-    write_torch,
-)
+from plumbing.devices import pick_device
+from plumbing.digits import confidence, load_classifier, load_mnist
+from plumbing.edm_files import load_edm, one_line_errors, torch_load
+from plumbing.files import holds_files, save_grid, write_csv, write_tensors, write_torch
+from plumbing.options import UserError, option, run_script
+from plumbing.pairs import generator_for
 from teachers import check_fits
-from workloads import MNIST_TEACHER_KWARGS, load_mnist
+from workloads import MNIST_TEACHER_KWARGS
 
 SIGMA_DATA = 0.5  # EDM's, and EDMPrecond's default
 FREE_OPTIONS = ("data", "out", "save_every", "device")  # may differ when a run is resumed

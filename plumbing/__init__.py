@@ -1,0 +1,12 @@
+"""Nothing of the paper: what the scripts need besides, each file to be read alone.
+
+options     the command line, and one line for every user error
+files       whole files or none: tensors, JSON, CSV, pictures
+devices     device, precision, processes
+optim       AdamW, clipping, fp16's loss scale, averages, schedules
+pairs       the pairs on disk, and what is drawn at random
+rundir      what a run leaves: log, curves, checkpoints; signals
+edm_files   other people's EDM files, without running anything in them; downloads
+fid         the Frechet Inception Distance by EDM's protocol
+digits      MNIST, and the classifier that judges digits
+"""
