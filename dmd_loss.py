@@ -22,6 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+T = 1000  # number of discrete noise levels, t = 0 .. T-1, larger is noisier
+T_MIN, T_MAX = round(0.02 * T), round(0.98 * T)  # of the KL gradient, Eq. 7
+SIGMA_DATA = 0.5  # standard deviation of the data, as EDM takes it and Algorithm 3 prints it
 WEIGHTINGS = ("eq8", "alg2", "dreamfusion", "prolificdreamer")
 
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-T = 1000  # number of discrete noise levels, t = 0 .. 999, larger is noisier
+from dmd_loss import T
+
 SIGMA_MAX = 80.0  # EDM's largest noise level, where sampling starts
 
 

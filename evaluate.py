@@ -53,7 +53,7 @@ from plumbing.fid import (
     write_statistics,
 )
 from plumbing.files import file_hash, read_header, to_uint8, write_json
-from plumbing.options import UserError, option, run_script
+from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import sample_noise
 from teachers import (
     Teacher,
@@ -69,7 +69,7 @@ ROWS = ("student", "teacher", "untrained")
 
 
 @dataclass
-class Config:
+class Config(Options):
     """Options at None: the dataset decides, see `complete`."""
 
     checkpoint: str | None = option(

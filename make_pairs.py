@@ -33,14 +33,14 @@ from plumbing.files import (
     write_json,
     write_tensors,
 )
-from plumbing.options import UserError, option, run_script
+from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import num_shards, sample_noise, shard_path, shard_range
 from teachers import DECODERS, Teacher, load_teacher
 from workloads import ASSETS, WORKLOADS, Workload, get_workload
 
 
 @dataclass
-class Config:
+class Config(Options):
     """Options at None take the dataset's value from workloads.py."""
 
     dataset: str = option("mnist", f"one of {', '.join(WORKLOADS)}")

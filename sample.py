@@ -26,7 +26,7 @@ from torch import Tensor
 from dmd_loss import OneStepGenerator
 from plumbing.devices import AMP, autocast, pick_amp, pick_device
 from plumbing.files import save_grid
-from plumbing.options import UserError, option, run_script
+from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import sample_noise
 from teachers import (
     DECODERS,
@@ -43,7 +43,7 @@ SEED = 2_000_000  # image s is sample s of this stream; pairs and training draw 
 
 
 @dataclass
-class Config:
+class Config(Options):
     """Options at None: the generator and its dataset decide."""
 
     checkpoint: str | None = option(

@@ -36,10 +36,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dmd_loss import T
 from plumbing.files import load_strictly, read_json, read_tensors
 from plumbing.options import UserError
-
-T = 1000  # number of discrete noise levels, t = 0 .. 999, larger is noisier
 
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TAESD_REPO = "madebyollin/taesd"

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dmd_loss import (
+    T,
     all_noise_levels,
     denoising_loss,
     distribution_matching_loss,
@@ -36,9 +37,9 @@ from dmd_loss import (
     l2_distance,
     regression_loss,
 )
-from edm_unet import EDMDenoiser, T, heun_sample
+from edm_unet import EDMDenoiser, heun_sample
 from plumbing.files import write_bytes
-from plumbing.options import UserError, option, run_script
+from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import generator_for
 
 MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
@@ -60,7 +61,7 @@ PANELS = {
 
 
 @dataclass
-class Config:
+class Config(Options):
     """The noise levels, steps, seed and file of the three panels."""
 
     out: str = option("figure3.png", "file of the picture")

@@ -53,7 +53,7 @@ from plumbing.devices import (
     share,
     to,
 )
-from plumbing.options import UserError, option, run_script
+from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import Pairs, generator_for
 from plumbing.rundir import Log, claim_folder, load_checkpoint, save_run
 from teachers import DECODERS, Teacher, load_teacher
@@ -61,7 +61,7 @@ from workloads import WORKLOADS, Workload, get_workload
 
 
 @dataclass
-class Config:
+class Config(Options):
     """Options left at None take the dataset's value from workloads.py."""
 
     dataset: str = option("mnist", f"one of {', '.join(WORKLOADS)}")

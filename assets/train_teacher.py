@@ -32,7 +32,7 @@ from plumbing.devices import pick_device
 from plumbing.digits import confidence, load_classifier, load_mnist
 from plumbing.edm_files import load_edm, one_line_errors, torch_load
 from plumbing.files import holds_files, save_grid, write_csv, write_tensors, write_torch
-from plumbing.options import UserError, option, run_script
+from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import generator_for
 from teachers import check_fits
 from workloads import MNIST_TEACHER_KWARGS
@@ -42,7 +42,7 @@ FREE_OPTIONS = ("data", "out", "save_every", "device")  # may differ when a run 
 
 
 @dataclass
-class Config:
+class Config(Options):
     """The objective's, the optimiser's and the data's options."""
 
     data: str = option("data", "folder of the MNIST files (downloaded by torchvision if missing)")

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from plumbing.files import read_json, save_grid, write_bytes
-from plumbing.options import UserError, option, run_script
+from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import Pairs, sample_noise
 from teachers import load_generator
 
@@ -39,7 +39,7 @@ FIGURES = {"fd": "FD", "accuracy": "accuracy", "diversity": "diversity"}
 
 
 @dataclass
-class Config:
+class Config(Options):
     """What to run; the variants are VARIANTS."""
 
     out: str = option("runs/ablation", "folder of all runs")

@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from edm_unet import EDMPrecond
 from plumbing.edm_files import EDM_ARCHITECTURES
-from plumbing.options import UserError, option, run_script
+from plumbing.options import Options, UserError, option, run_script
 from sd_loader import SD15, UNet
 from workloads import MNIST_TEACHER_KWARGS, WORKLOADS, Workload
 
 
 @dataclass
-class Config:
+class Config(Options):
     """The GPU that the days are of."""
 
     tflops: float = option(312.0, "peak of the GPU, 10^12 operations per second (A100, bfloat16)")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from plumbing.devices import AMP
 from plumbing.files import read_json, write_bytes
-from plumbing.options import UserError, option, run_script
+from plumbing.options import Options, UserError, option, run_script
 from workloads import MNIST_GENERATOR, get_workload
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ BATCH = 8  # of the measurements against the resolution, times --scale
 
 
 @dataclass
-class Config:
+class Config(Options):
     """What to measure, and how."""
 
     out: str = option("speed.png", "file of the picture")

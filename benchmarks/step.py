@@ -37,7 +37,7 @@ from edm_unet import EDMPrecond
 from plumbing.devices import AMP, Ranks, pick_amp, pick_device, to
 from plumbing.edm_files import EDM_ARCHITECTURES
 from plumbing.files import file_hash, write_json, write_tensors
-from plumbing.options import UserError, option, run_script
+from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import shard_path
 from workloads import MNIST_TEACHER_KWARGS, WORKLOADS, get_workload
 
@@ -45,7 +45,7 @@ NETWORKS = {"mnist": MNIST_TEACHER_KWARGS, **EDM_ARCHITECTURES}
 
 
 @dataclass
-class Config:
+class Config(Options):
     """What to measure, and how."""
 
     dataset: str = option("mnist", "whose networks", tuple(NETWORKS))

@@ -1,8 +1,9 @@
-"""The command line of every script: a dataclass as options, one-line user errors (exit code 2)."""
+"""The command line of every script: a dataclass of options, one line for every user error."""
 
 import argparse
 import dataclasses
 import logging
+import operator
 import os
 import sys
 import types
@@ -15,53 +16,106 @@ import torch
 # without. (So the functions that draw import it, after this line.)
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
+BOUNDS = {
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
 
 class UserError(Exception):
     """Something the user can mend. The message says what is wrong and what to do, in one line."""
 
 
+def option(default, help: str, choices: tuple | None = None, *, free: bool = False, **bounds):
+    """A dataclass field that is an option of the command line.
+
+    Args:
+        choices: the only values that it may have.
+        free: a run may be resumed with another value, because it does not change the result.
+        **bounds: of a number: least, above, most, below.
+    """
+    metadata = {"help": help, "choices": choices, "free": free, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Options:
+    """Base of the dataclasses of options: they cannot be made with a value out of bounds."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, about = getattr(self, field.name), field.metadata
+            flag = "--" + field.name.replace("_", "-")
+            if value is None or not about:
+                continue
+            for each in value if isinstance(value, tuple | list) else [value]:
+                if about["choices"] and each not in about["choices"]:
+                    known = ", ".join(map(str, about["choices"]))
+                    raise UserError(f"{flag} is one of {known}; there is no {each!r}")
+            for name, bound in about["bounds"].items():
+                holds, words = BOUNDS[name]
+                if not holds(value, bound):  # so that NaN fails too
+                    raise UserError(f"{flag} must be {words} {bound}, not {value}")
+
+
 # --------------------------------------------------------------------------------------------------
-# Command line
-
-
-def option(default, help: str, choices: tuple | None = None):
-    """A dataclass field that is a command-line option with a help line."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+# From the command line to main
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with the command line in one line, as for every other mistake."""
 
     def error(self, message: str) -> typing.NoReturn:
-        """Exit with code 2."""
-        self.exit(2, f"error: {message}; --help lists the options\n")
+        """Raise UserError."""
+        raise UserError(f"{message}; --help lists the options")
 
 
-def run_script(main: Callable, config_class: type, doc: str) -> None:
-    """Parse the command line into config_class, call main(config), turn UserError into exit code 2.
+def parse(make: Callable, doc: str, flags: dict[str, str] | None = None, arguments=None):
+    """The command line -> make(**the options that it gives), a dataclass derived from Options.
 
-    Every field of the dataclass is an option: `lambda_reg: float = option(1.0, "...")` is
-    `--lambda-reg X`; a bool has `--no-...` too; a tuple takes several values.
+    Every field made by `option` is one: `lambda_reg: float = option(...)` is `--lambda-reg X`, a
+    bool has `--no-...` too, a tuple takes several values. --help shows the values that `make` gives
+    for --dataset.
+
+    Args:
+        make: the dataclass, or a function of the same keywords that fills in the others.
+        flags: flag -> field, where not all fields are flags under their own name.
     """
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        shown = "" if field.default in (None, ()) else f" (default: {field.default})"
-        arguments = {"default": field.default, "help": field.metadata["help"] + shown}
-        kind = hints[field.name]
+    first = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    first.add_argument("--dataset")
+    shown = make(**vars(first.parse_known_args(arguments)[0]))
+    hints, fields = (
+        typing.get_type_hints(type(shown)),
+        {f.name: f for f in dataclasses.fields(shown)},
+    )
+    names = flags or {name: name for name, field in fields.items() if field.metadata}
+    parser = Parser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    for flag, name in names.items():
+        value, about, kind = getattr(shown, name), fields[name].metadata, hints[name]
+        default = "" if value in (None, ()) or kind is bool else f" (default: {value})"
+        how = {"dest": name, "help": (about["help"] + default).replace("%", "%%")}
         if isinstance(kind, types.UnionType):  # float | None
             kind = typing.get_args(kind)[0]
         if kind is bool:
-            arguments |= {"action": argparse.BooleanOptionalAction}
-            arguments["help"] = field.metadata["help"]
-        elif typing.get_origin(kind) is tuple:
-            arguments |= {"type": typing.get_args(kind)[0], "nargs": "+"}
+            how["action"] = argparse.BooleanOptionalAction
         else:
-            arguments |= {"type": kind, "choices": field.metadata["choices"]}
-        parser.add_argument("--" + field.name.replace("_", "-"), **arguments)
-    config = config_class(**vars(parser.parse_args()))
+            how["metavar"] = "{" + ",".join(about["choices"]) + "}" if about["choices"] else None
+            if typing.get_origin(kind) is tuple:
+                kind, how["nargs"] = typing.get_args(kind)[0], "+"
+            how["type"] = kind
+        parser.add_argument("--" + flag.replace("_", "-"), **how)
+    return make(**vars(parser.parse_args(arguments)))
+
+
+def run_script(main: Callable, make: Callable, doc: str, flags: dict[str, str] | None = None):
+    """Call main on what `parse` gives; a UserError becomes one line and exit code 2."""
     try:
-        main(config)
+        main(parse(make, doc, flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except UserError as error:
