@@ -182,7 +182,7 @@ def test_imports_go_one_way():
         modules = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
         return (names | {a.name for node in modules for a in node.names}) & files.keys()
 
-    scripts = {name for name, path in files.items() if "run_script(main" in path.read_text()}
+    scripts = {name for name, path in files.items() if '__name__ == "__main__"' in path.read_text()}
     assert len(scripts) > 8 and not imported("dmd_loss")
     arrows = {name: imported(name) for name in files}
     for name, others in arrows.items():
