@@ -7,11 +7,9 @@ knows no network and no dataset. A denoiser `mu` is anything with
     mu.alpha, mu.sigma                                  its noise table, (T,) each
     mu.z_scale                                          x_{T-1} is z_scale * z for z ~ N(0, I)
 
-(mean prediction: Eq. 11 turns a noise prediction into this). Three denoisers take part:
-
-    mu_real   the frozen teacher; its score points to where real data are
-    mu_fake   follows the generator; its score points to where generated data are
-    G         the generator itself, which calls a denoiser once, at t = T-1
+(mean prediction: Eq. 11 turns a noise prediction into this). Three take part: mu_real, the frozen
+teacher, whose score points to where real data are; mu_fake, which follows the generator and whose
+score points to where generated data are; and the one inside G, called once, at t = T-1.
 
 All losses are computed in float32, whatever dtype the networks ran in.
 """
@@ -29,11 +27,7 @@ WEIGHTINGS = ("eq8", "alg2", "dreamfusion", "prolificdreamer")
 
 
 class OneStepGenerator(nn.Module):
-    """Section 3.1: G(z) = mu(z, T-1), started as a copy of the teacher and trained from there.
-
-    Args:
-        mu: the denoiser to call; its weights become the generator's.
-    """
+    """Section 3.1: G(z) = mu(z, T-1), started as a copy of the teacher and trained from there."""
 
     def __init__(self, mu: nn.Module):
         super().__init__()
@@ -41,27 +35,19 @@ class OneStepGenerator(nn.Module):
 
     def forward(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
         """z ~ N(0, I) (B, C, H, W), cond as mu takes it -> x (B, C, H, W)."""
-        t = torch.full((len(z),), len(self.mu.sigma) - 1, device=z.device)
+        t = torch.full((len(z),), len(self.mu.sigma) - 1, device=z.device)  # T-1
         return self.mu(self.mu.z_scale * z, t, cond)
 
 
 def forward_diffusion(x: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """Eq. 3: x_t ~ N(alpha_t x, sigma_t^2 I), given noise ~ N(0, I).
-
-    Args:
-        x, noise: (B, C, H, W).
-        alpha_t, sigma_t: (B, 1, 1, 1).
-    """
+    """Eq. 3: x_t ~ N(alpha_t x, sigma_t^2 I), given noise ~ N(0, I) like x (B, C, H, W)."""
     return alpha_t * x + sigma_t * noise
 
 
 def score(x_t: Tensor, mu: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
     """Eq. 4 and 5: s(x_t, t) = -(x_t - alpha_t mu(x_t, t)) / sigma_t^2, the gradient of log p_t.
 
-    Args:
-        x_t: noisy samples (B, C, H, W).
-        mu: a denoiser's *prediction* for x_t (B, C, H, W).
-        alpha_t, sigma_t: (B, 1, 1, 1).
+    Here mu is the denoiser's *prediction* for x_t, (B, C, H, W); alpha_t, sigma_t (B, 1, 1, 1).
     """
     return -(x_t - alpha_t * mu) / sigma_t**2
 
@@ -69,7 +55,7 @@ def score(x_t: Tensor, mu: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
 def gradient_weight(
     weighting: str, x: Tensor, mu_real: Tensor, alpha_t: Tensor, sigma_t: Tensor
 ) -> Tensor:
-    """w_t of Eq. 7, (B, 1, 1, 1).
+    """w_t of Eq. 7, (B, 1, 1, 1); alpha_t > 0, sigma_t > 0 in the same shape.
 
     Args:
         weighting: "eq8": sigma_t^2 / alpha_t * C S / |mu_real - x|_1, the paper's choice;
@@ -78,10 +64,6 @@ def gradient_weight(
             "dreamfusion": sigma_t / alpha_t and "prolificdreamer": sigma_t^3 / alpha_t, the two
             weightings that Table 2 compares with.
         x: generated samples; mu_real: the teacher's prediction; both (B, C, H, W).
-        alpha_t, sigma_t: (B, 1, 1, 1), above 0.
-
-    Raises:
-        ValueError: unknown weighting.
     """
     mean_abs_error = (mu_real - x).abs().mean(dim=(1, 2, 3), keepdim=True)  # |mu_real - x|_1 / CS
     if weighting == "eq8":
@@ -117,9 +99,6 @@ def dm_gradient(
 
     Returns:
         w_t alpha_t (s_fake - s_real), (B, C, H, W).
-
-    Raises:
-        ValueError: unknown weighting.
     """
     s_real = score(x_t, mu_real, alpha_t, sigma_t)
     s_fake = score(x_t, mu_fake, alpha_t, sigma_t)
@@ -146,15 +125,11 @@ def distribution_matching_loss(
         mu_real, mu_fake: the two denoisers; neither receives a gradient.
         x: generated samples (B, C, H, W), attached to the generator's graph.
         cond: the condition of both denoisers, or None.
-        t: noise levels (B,) long, of dm_noise_levels.
-        noise: N(0, I) in x's shape.
+        t: noise levels (B,) long, of dm_noise_levels; noise: N(0, I) in x's shape.
         weighting: see gradient_weight.
 
     Returns:
         loss (scalar float32), info: {"grad" (B, C, H, W)}.
-
-    Raises:
-        ValueError: unknown weighting.
     """
     with torch.no_grad():
         alpha_t, sigma_t = at(mu_real.alpha, t), at(mu_real.sigma, t)
@@ -166,6 +141,13 @@ def distribution_matching_loss(
     return loss, {"grad": grad}
 
 
+def denoising_weight(alpha_t: Tensor, sigma_t: Tensor, sigma_data: float | None) -> Tensor:
+    """The base model's own weight of Eq. 6: SNR + 1 / sigma_data^2 of EDM (its lambda(sigma));
+    with sigma_data = None the SNR alone, plain mean-squared error of the noise (SD v1.5)."""
+    snr = (alpha_t / sigma_t) ** 2
+    return snr if sigma_data is None else snr + 1 / sigma_data**2
+
+
 def denoising_loss(
     mu_fake: Callable,
     x: Tensor,
@@ -173,7 +155,7 @@ def denoising_loss(
     *,
     t: Tensor,
     noise: Tensor,
-    sigma_data: float | None = 0.5,
+    sigma_data: float | None = SIGMA_DATA,
 ) -> Tensor:
     """Algorithm 3 and Eq. 6: mu_fake learns to denoise generated samples, at all noise levels.
 
@@ -181,10 +163,8 @@ def denoising_loss(
         mu_fake: the denoiser to train.
         x: generated samples (B, C, H, W); no gradient flows back into them.
         cond: their condition, or None.
-        t: noise levels (B,) long, of all_noise_levels.
-        noise: N(0, I) in x's shape.
-        sigma_data: the weight is SNR + 1 / sigma_data^2, EDM's own (0.5); None leaves the SNR
-            alone, alpha_t^2 / sigma_t^2, which is plain mean-squared error of the noise (SD v1.5).
+        t: noise levels (B,) long, of all_noise_levels; noise: N(0, I) in x's shape.
+        sigma_data: see denoising_weight.
 
     Returns:
         loss, scalar float32.
@@ -192,21 +172,15 @@ def denoising_loss(
     x = x.detach().float()
     alpha_t, sigma_t = at(mu_fake.alpha, t), at(mu_fake.sigma, t)
     x_t = forward_diffusion(x, noise, alpha_t, sigma_t)
-    snr = (alpha_t / sigma_t) ** 2
-    weight = snr if sigma_data is None else snr + 1 / sigma_data**2
+    weight = denoising_weight(alpha_t, sigma_t, sigma_data)
     return (weight * (mu_fake(x_t, t, cond).float() - x) ** 2).mean()
 
 
 def regression_loss(x_ref: Tensor, y_ref: Tensor, distance: Callable) -> Tensor:
-    """Eq. 9: the mean distance between G(z_ref) and the teacher's ODE solution for the same z_ref.
+    """Eq. 9: the mean distance between x_ref = G(z_ref), attached to the generator's graph, and
+    y_ref, the teacher's ODE solution for the same z_ref; (B, C, H, W) -> scalar float32.
 
-    Args:
-        x_ref: G(z_ref) (B, C, H, W), attached to the generator's graph.
-        y_ref: the teacher's result (B, C, H, W).
-        distance: distance(x_ref, y_ref) -> any shape, e.g. LPIPS, or l2_distance (appendix I).
-
-    Returns:
-        loss, scalar float32.
+    `distance` may give any shape, e.g. lpips_distance or l2_distance.
     """
     return distance(x_ref.float(), y_ref.detach().float()).mean()
 
@@ -217,13 +191,12 @@ def l2_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> Tensor:
-    """Section 3.3's distance; small images are upsampled bilinearly to VGG's training size.
+    """Section 3.3's distance; images smaller than VGG's training size are upsampled bilinearly.
 
     Args:
         network: LPIPS (Zhang et al. 2018, arXiv 1801.03924), frozen, for RGB images in [-1, 1].
         x, y: images (B, 1 or 3, H, W). They are not clamped: that would stop the gradient where
             the generator overshoots. y carries no gradient, so its features build no graph.
-        size: smaller images are upsampled to size x size pixels.
 
     Returns:
         (B, 1, 1, 1).
@@ -234,27 +207,13 @@ def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> 
     return network(x, y)
 
 
-# --------------------------------------------------------------------------------------------------
-# Noise levels
+def dm_noise_levels(u: Tensor, t_max: int = T_MAX) -> Tensor:
+    """t ~ U(T_min, T_max) of Eq. 7, T_max excluded; u (B,) uniform in [0, 1) -> (B,) long."""
+    return T_MIN + (u * (t_max - T_MIN)).long()
 
 
-def dm_noise_levels(u: Tensor, T: int, max_step: int | None = None) -> Tensor:
-    """t ~ U(T_min, T_max) of Eq. 7, T_min = 0.02 T, T_max = 0.98 T, the upper end excluded.
-
-    Args:
-        u: numbers uniform in [0, 1), (B,).
-        T: number of noise levels.
-        max_step: another T_max, above T_min (Table 5 lowers it during one run).
-
-    Returns:
-        (B,) long.
-    """
-    t_min, t_max = round(0.02 * T), round(0.98 * T) if max_step is None else max_step
-    return t_min + (u * (t_max - t_min)).long()
-
-
-def all_noise_levels(u: Tensor, T: int) -> Tensor:
-    """t ~ U(0, 1) of Algorithm 1, line 8: any of the T levels, (B,) long; u as above."""
+def all_noise_levels(u: Tensor) -> Tensor:
+    """t ~ U(0, 1) of Algorithm 1, line 8: any of the T levels; u as above -> (B,) long."""
     return (u * T).long()
 
 

@@ -16,14 +16,14 @@ in the folder. The last line it prints:
 import gzip
 import math
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp
+from plumbing.devices import Ranks, autocast, join_ranks, pick_amp
 from plumbing.files import (
     file_hash,
     holds_files,
@@ -33,40 +33,20 @@ from plumbing.files import (
     write_json,
     write_tensors,
 )
-from plumbing.options import Options, UserError, option, run_script
+from plumbing.options import UserError, run_script
 from plumbing.pairs import num_shards, sample_noise, shard_path, shard_range
-from teachers import DECODERS, Teacher, load_teacher
-from workloads import ASSETS, WORKLOADS, Workload, get_workload
+from teachers import Teacher, load_teacher
+from workloads import Workload, get_workload
 
-
-@dataclass
-class Config(Options):
-    """Options at None take the dataset's value from workloads.py."""
-
-    dataset: str = option("mnist", f"one of {', '.join(WORKLOADS)}")
-    teacher: str | None = option(None, "teacher weights (default: the dataset's own)")
-    num_pairs: int | None = option(None, "number of pairs (default: the dataset's)")
-    steps: int | None = option(None, "steps of the solver (default: the dataset's)")
-    prompts: str = option(
-        str(ASSETS / "prompts.txt"), "sd15: text file, one prompt a line (.gz too)"
-    )
-    guidance: float | None = option(None, "sd15: scale of classifier-free guidance, 1 = none")
-    decoder: str = option("tiny", "sd15: decoder of the preview", DECODERS)
-    tiny_decoder: str | None = option(None, "sd15: folder or repository of it (default: TAESD)")
-    out: str | None = option(None, "output folder (default: pairs/DATASET)")
-    seed: int = option(0, "seed: z of pair k is a function of (seed, k)")
-    amp: str = option("off", "half precision: bf16, fp16, off, or auto", AMP)
-    batch_size: int | None = option(None, "samples solved at a time (default: 100; sd15: 8)")
-    shard_size: int = option(250, "pairs per file")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+# The options of this command, all of them of workloads.py.
+FLAGS = """
+    dataset teacher num_pairs solver_steps prompts guidance decoder out=pairs seed solver_amp
+    solver_batch shard_size device
+"""
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, or of a .gz of one, that are not empty.
-
-    Raises:
-        UserError: missing, not text, or without any line.
-    """
+    """The lines of a text file, or of a .gz of one, that are not empty."""
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
@@ -80,57 +60,27 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def describe(config: Config, teacher: Teacher, workload: Workload) -> dict:
+def describe(config: Workload, record: dict[str, str]) -> dict:
     """meta.json: everything that determines the pairs."""
     meta = {
         "dataset": config.dataset,
-        "teacher": teacher.record,
-        "solver": workload.solver,
-        "steps": workload.solver_steps if config.steps is None else config.steps,
+        "teacher": record,
+        "solver": config.solver,
+        "steps": config.solver_steps,
         "guidance": config.guidance,
-        "amp": config.amp,
+        "amp": config.solver_amp,
         "seed": config.seed,
-        "num_pairs": workload.num_pairs if config.num_pairs is None else config.num_pairs,
+        "num_pairs": config.num_pairs,
         "shard_size": config.shard_size,
     }
-    if workload.latent:
+    if config.latent:
         prompts = Path(config.prompts)
         meta["prompts"] = {"name": prompts.name, "sha256": file_hash(prompts)}
     return meta
 
 
-def check(config: Config, workload: Workload) -> Config:
-    """Fill in what the workload decides, and check the ranges.
-
-    Raises:
-        UserError: an option out of range, or one that the dataset does not have.
-    """
-    config = replace(config)
-    if config.batch_size is None:
-        config.batch_size = 8 if workload.latent else 100  # on CPUs, more is slower
-    if config.guidance is None:
-        config.guidance = workload.guidance
-    elif not workload.latent:
-        raise UserError(f"--guidance is for sd15; {config.dataset} has a teacher without text")
-    for name in ("steps", "num_pairs", "shard_size", "batch_size"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if workload.solver == "pndm" and config.steps is not None and not 2 <= config.steps <= 999:
-        raise UserError(f"--steps of {config.dataset} must be 2 to 999, not {config.steps}")
-    if not config.guidance > 0:
-        raise UserError(f"--guidance must be above 0, not {config.guidance}; 1 is no guidance")
-    if config.seed < 0:
-        raise UserError(f"--seed must be at least 0, not {config.seed}")
-    return config
-
-
 def claim_folder(out: Path, meta: dict) -> None:
-    """Write meta.json. The folder says how its pairs were made; others are never mixed in.
-
-    Raises:
-        UserError: the folder holds something else, which is left alone.
-    """
+    """Write meta.json. The folder says how its pairs were made; others are never mixed in."""
     if (out / "meta.json").exists():
         found = read_json(out / "meta.json")
         changed = [name for name in meta if found.get(name) != meta[name]]
@@ -145,35 +95,32 @@ def claim_folder(out: Path, meta: dict) -> None:
 
 
 def make_shard(
-    shard: int, meta: dict, config: Config, teacher: Teacher, prompts: list[str], ranks: Ranks, bar
+    indices: range, config: Workload, teacher: Teacher, prompts: list[str], ranks: Ranks, bar: tqdm
 ) -> tuple[dict[str, Tensor], dict]:
-    """Solve the teacher's ODE for the pairs of one shard -> tensors, metadata.
-
-    Raises:
-        UserError: NaN or infinity.
-    """
-    indices, workload = shard_range(meta, shard), get_workload(config.dataset)
+    """Solve the teacher's ODE for pairs k in indices -> tensors, metadata of a shard's file."""
     z = sample_noise(config.seed, indices, teacher.image_shape)
     tensors, metadata = {"z": z, "index": torch.tensor(indices)}, {"dataset": config.dataset}
     cond = None
-    if workload.num_classes:
-        cond = tensors["cond"] = tensors["index"] % workload.num_classes
+    if config.num_classes:
+        cond = tensors["cond"] = tensors["index"] % config.num_classes
     elif prompts:
         cond = metadata["prompts"] = [prompts[k % len(prompts)] for k in indices]
 
     solutions = []
-    for start in range(0, len(indices), config.batch_size):
-        rows = slice(start, start + config.batch_size)
+    for start in range(0, len(indices), config.solver_batch):
+        rows = slice(start, start + config.solver_batch)
         noise = z[rows].to(ranks.device, memory_format=torch.channels_last)
-        with torch.no_grad(), autocast(ranks.device, config.amp):
+        with torch.no_grad(), autocast(ranks.device, config.solver_amp):
             encoded = teacher.encode(None if cond is None else cond[rows])
-            solutions.append(teacher.solve(noise, encoded, meta["steps"]).cpu())
+            solutions.append(teacher.solve(noise, encoded, config.solver_steps).cpu())
         bar.update(len(solutions[-1]))
     y = torch.cat(solutions)
     if not y.isfinite().all():
-        raise UserError(f"the teacher gave NaN or infinity in shard {shard}; check it")
+        raise UserError(
+            f"the teacher gave NaN or infinity for pairs from {indices[0]} on; check it"
+        )
     # Latents are of unit size, so float16 rounds them by 2^-11 of that; halves 500,000 pairs.
-    tensors["y"] = y.half() if workload.latent else y
+    tensors["y"] = y.half() if config.latent else y
     return tensors, metadata
 
 
@@ -187,20 +134,14 @@ def draw_preview(out: Path, teacher: Teacher, device: torch.device) -> None:
     save_grid(out / "preview.png", torch.cat(images), math.isqrt(count), scale=scale)
 
 
-def main(config: Config) -> None:
+def main(config: Workload) -> None:
     """Solve the teacher's ODE for every missing shard; ranks take turns."""
-    workload = get_workload(config.dataset)
-    config = check(config, workload)
-    prompts = read_prompts(Path(config.prompts)) if workload.latent else []
+    prompts = read_prompts(Path(config.prompts)) if config.latent else []
     ranks = join_ranks(config.device)
-    config.amp = pick_amp(config.amp, ranks.device)
+    config = replace(config, solver_amp=pick_amp(config.solver_amp, ranks.device))
     with ranks.first_goes_first():
-        teacher = load_teacher(
-            config.dataset, config.teacher, guidance=config.guidance,
-            decoder=config.decoder, tiny_source=config.tiny_decoder,
-        ).to(ranks.device, config.amp)  # fmt: skip
-    out = Path(config.out or f"pairs/{config.dataset}")
-    meta = describe(config, teacher, workload)
+        teacher = load_teacher(config).to(ranks.device, config.solver_amp)
+    out, meta = Path(config.pairs), describe(config, teacher.record)
     if ranks.rank == 0:
         claim_folder(out, meta)
     ranks.barrier()
@@ -210,11 +151,9 @@ def main(config: Config) -> None:
     mine = missing[ranks.rank :: ranks.count]
     total = sum(len(shard_range(meta, s)) for s in mine)
     with tqdm(total=total, desc="pairs", unit="pair", disable=ranks.rank > 0) as bar:
-        for shard in mine:
-            write_tensors(
-                shard_path(out, shard),
-                *make_shard(shard, meta, config, teacher, prompts, ranks, bar),
-            )
+        for s in mine:
+            shard = make_shard(shard_range(meta, s), config, teacher, prompts, ranks, bar)
+            write_tensors(shard_path(out, s), *shard)
     ranks.barrier()
     if ranks.rank == 0:
         draw_preview(out, teacher, ranks.device)
@@ -223,4 +162,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__)
+    run_script(main, get_workload, __doc__, FLAGS)

@@ -1,18 +1,19 @@
 """A pretrained diffusion model, as every script uses it, whether it is EDM's or Stable Diffusion.
 
-teacher = load_teacher("imagenet64", None)        the released network, or the embedded one
-teacher.mu_real(x_t, t, cond)                     the teacher of Eq. 4, guided (Section 3.4)
-teacher.student()                                 what G and mu_fake start as: unguided
-teacher.encode(labels or prompts) -> cond         what the networks take
-teacher.solve(z, cond, steps) -> y                its ODE solution, for the pairs
-teacher.decode(x) -> images                       in [-1, 1]; EDM's x are images already
+    teacher = load_teacher(get_workload("imagenet64"))
+    teacher.mu_real(x_t, t, cond)                the teacher of Eq. 4, guided (Section 3.4)
+    teacher.student()                            what G and mu_fake start as: unguided
+    teacher.encode(labels or prompts) -> cond    what the networks take
+    teacher.solve(z, cond, steps) -> y           its ODE solution, for the pairs
+    teacher.decode(x) -> images                  in [-1, 1]; EDM's x are images already
 
-G, metadata = load_generator("runs/mnist/generator.safetensors")
+and a generator's file: generator_file is what a run writes, load_generator reads it, and others'.
 """
 
 import copy
 import json
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,7 +33,6 @@ from plumbing.edm_files import (
 from plumbing.files import file_hash, read_header, read_json
 from plumbing.options import UserError
 from sd_loader import (
-    TAESD_REPO,
     GuidedUNet,
     SDDenoiser,
     StableDiffusion,
@@ -41,9 +41,7 @@ from sd_loader import (
     load_sd,
     pndm_sample,
 )
-from workloads import ASSETS, MNIST_GENERATOR, WORKLOADS, Workload, get_workload
-
-DECODERS = ("tiny", "full")
+from workloads import ASSETS, WORKLOADS, Workload
 
 
 class EDMTeacher:
@@ -53,11 +51,12 @@ class EDMTeacher:
         mu_real: the teacher as a denoiser, frozen.
         record: {"name", "sha256"}, what a run or its pairs remember it by.
         image_shape: (C, H, W) of z, x and y.
+        sigma_data: of the weight with which the model was trained, see dmd_loss.denoising_weight.
     """
 
     def __init__(self, net: EDMPrecond, record: dict[str, str]):
         self.mu_real = EDMDenoiser(net).eval().requires_grad_(False)
-        self.record = record
+        self.record, self.sigma_data = record, net.sigma_data
         self.image_shape = (net.img_channels, net.img_resolution, net.img_resolution)
 
     def to(self, device: torch.device, amp: str = "off") -> "EDMTeacher":
@@ -92,22 +91,16 @@ class SDTeacher:
     Attributes as for EDMTeacher; mu_real is None if the UNet was not loaded.
 
     Args:
-        sd: what load_sd returned.
         guidance: scale of classifier-free guidance in mu_real and in `solve`; 1 is none.
-        decoder: "tiny" or "full", whichever `decode` shall use.
         image_shape: of the latents, (4, 64, 64).
     """
 
+    sigma_data = None
+
     def __init__(
-        self,
-        sd: StableDiffusion,
-        record: dict[str, str],
-        guidance: float,
-        decoder: str,
-        image_shape: tuple[int, int, int],
+        self, sd: StableDiffusion, record: dict[str, str], guidance: float, image_shape: tuple
     ):
-        self.sd, self.record, self.decoder, self.image_shape = sd, record, decoder, image_shape
-        self.mu_real = None
+        self.sd, self.record, self.image_shape, self.mu_real = sd, record, image_shape, None
         if sd.unet is not None:
             guided = GuidedUNet(sd.unet, sd.encode_text([""]), guidance)
             self.mu_real = SDDenoiser(guided).eval().requires_grad_(False)
@@ -118,9 +111,7 @@ class SDTeacher:
             self.mu_real.to(device, memory_format=torch.channels_last)
             self.mu_real.net.to(DTYPES[amp])  # not the noise table, which is mu_real's own
         self.sd.text_encoder.to(device, DTYPES[amp])
-        for decoder in (self.sd.vae, self.sd.tiny_vae):
-            if decoder is not None:
-                decoder.to(device, memory_format=torch.channels_last)
+        (self.sd.vae or self.sd.tiny_vae).to(device, memory_format=torch.channels_last)
         return self
 
     def student(self) -> SDDenoiser:
@@ -141,71 +132,33 @@ class SDTeacher:
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
-        return self.sd.decode(x, tiny=self.decoder == "tiny")
+        return self.sd.decode(x, tiny=self.sd.vae is None)
 
 
 Teacher = EDMTeacher | SDTeacher
 
 
 def load_teacher(
-    dataset: str,
-    source: str | None,
-    *,
-    guidance: float | None = None,
-    decoder: str = "tiny",
-    tiny_source: str | None = None,
-    parts: Sequence[str] = ("unet", "text_encoder"),
-) -> Teacher:
-    """The teacher of a workload, on the CPU.
+    workload: Workload, parts: Sequence[str] = ("unet", "text_encoder")
+) -> EDMTeacher | SDTeacher:
+    """The teacher of a workload, on the CPU; downloaded if it is neither embedded nor a file.
 
     Args:
-        dataset: a row of WORKLOADS.
-        source: the weights. EDM: a file or an address that edm_files.fetch knows. sd15: a folder
-            in the diffusers layout or a Hub repository. None for the workload's own, which is
-            downloaded if it is not embedded.
-        guidance: sd15's scale; None for the workload's.
-        decoder: of sd15: "tiny" (TAESD) or "full" (the VAE).
-        tiny_source: folder, file or repository of the tiny decoder; None for TAESD's.
+        workload: its teacher, guidance and decoder count.
         parts: of sd15: what to load beside the decoder; sampling does without the UNet.
-
-    Raises:
-        UserError: missing or unreadable files, or a network for other images.
     """
-    workload = get_workload(dataset)
-    if workload.latent:
-        guidance = workload.guidance if guidance is None else guidance
-        source = source or workload.teacher
-        return load_sd_teacher(workload, source, guidance, decoder, tiny_source, parts)
-    embedded = ASSETS / workload.teacher
-    file = embedded if source is None and embedded.exists() else fetch(source or workload.teacher)
-    net = load_edm(file)
-    check_fits(dataset, net, file)
-    return EDMTeacher(net, {"name": file.name, "sha256": file_hash(file)})
-
-
-def load_sd_teacher(
-    workload: Workload,
-    source: str,
-    guidance: float,
-    decoder: str,
-    tiny_source: str | None,
-    parts: Sequence[str],
-) -> SDTeacher:
-    """load_teacher for Stable Diffusion.
-
-    Raises:
-        UserError: unknown decoder, missing or unreadable files.
-    """
-    if decoder not in DECODERS:
-        raise UserError(f"unknown decoder {decoder!r}; known: {', '.join(DECODERS)}")
-    full = ("vae",) if decoder == "full" else ()
-    tiny = (tiny_source or TAESD_REPO) if decoder == "tiny" else None
-    sd = load_sd(source, (*parts, *full), tiny_source=tiny)
+    if not workload.latent:
+        path = fetch(workload.teacher)
+        net = load_edm(path)
+        check_fits(workload, net, path)
+        return EDMTeacher(net, {"name": path.name, "sha256": file_hash(path)})
+    source, decoder = workload.teacher, "tiny_vae" if workload.decoder == "tiny" else "vae"
+    sd = load_sd(source, (*parts, decoder))
     record, image_shape = {"name": str(source)}, workload.image_shape
     if sd.unet is not None:
         record["sha256"] = file_hash(find_weights("unet", source)[0])
         image_shape = latent_shape(sd.unet.config)
-    return SDTeacher(sd, record, guidance, decoder, image_shape)
+    return SDTeacher(sd, record, workload.guidance, image_shape)
 
 
 def latent_shape(config: dict) -> tuple[int, int, int]:
@@ -214,35 +167,86 @@ def latent_shape(config: dict) -> tuple[int, int, int]:
     return (config["in_channels"], size, size)
 
 
+def shape_of(net: EDMPrecond) -> tuple:
+    """Image shape and number of classes."""
+    return (net.img_channels, net.img_resolution, net.img_resolution), net.label_dim
+
+
+def check_fits(workload: Workload, net: EDMPrecond, path: Path) -> None:
+    """Raise UserError unless the network takes the workload's images and labels."""
+    if shape_of(net) != (workload.image_shape, workload.num_classes):
+        shape, classes = shape_of(net)
+        raise UserError(
+            f"{path} is a network for images {shape} with {classes} classes, but "
+            f"{workload.dataset} has {workload.image_shape} with {workload.num_classes}; "
+            "choose the right file"
+        )
+
+
+def load_lpips(device: torch.device) -> Callable:
+    """The frozen network of dmd_loss.lpips_distance."""
+    try:
+        from lpips import LPIPS  # slow to import, and not needed for L2
+
+        return LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(
+            f"LPIPS needs VGG-16's weights ({reason}): put "
+            "https://download.pytorch.org/models/vgg16-397923af.pth into "
+            f"{torch.hub.get_dir()}/checkpoints, or use --distance l2"
+        ) from None
+
+
 # --------------------------------------------------------------------------------------------------
 # Generators
+
+
+def generator_file(
+    G: OneStepGenerator, workload: Workload, record: dict[str, str], step: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What generator.safetensors holds: tensors under the released files' names, and metadata."""
+    net = G.mu.net
+    return net.state_dict(), {
+        "role": "generator",
+        "dataset": workload.dataset,
+        "kwargs": json.dumps(net.config if workload.latent else net.kwargs),
+        "teacher_sha256": record["sha256"],
+        "step": str(step),
+    }
 
 
 def load_generator(source: str | Path) -> tuple[OneStepGenerator, dict[str, str]]:
     """G_theta from a run's generator.safetensors, and the file's metadata (its dataset, step, ...).
 
-    Also from others' EDM checkpoints (see edm_files.read_edm_state), whose dataset is told by the
-    network's shape, and from UNets of Stable Diffusion v1.x under diffusers' names.
+    Also from others' EDM checkpoints, whose dataset is told by the network's shape, and from UNets
+    of Stable Diffusion v1.x under diffusers' names.
 
     Args:
         source: a file, or an address that edm_files.fetch knows.
-
-    Raises:
-        UserError: missing or unreadable file, or one that holds no generator.
     """
     path = fetch(str(source))
     if is_sd_unet(path):
-        return load_sd_generator(path)
-    net, metadata = load_edm_with_metadata(path)
-    if "kwargs" not in metadata:  # not a file of ours
-        metadata = {"role": "generator", "dataset": dataset_of(net)} | metadata
-    check_role(metadata, path)
-    check_fits(metadata["dataset"], net, path)
-    return OneStepGenerator(EDMDenoiser(net, metadata.get("sigma", SIGMA_MAX))), metadata
+        mu, metadata = load_sd_generator(path)
+    else:
+        net, metadata = load_edm_with_metadata(path)
+        if "kwargs" not in metadata:  # not a file of ours
+            fitting = [
+                name
+                for name, row in WORKLOADS.items()
+                if shape_of(net) == (row.image_shape, row.num_classes)
+            ]
+            metadata = {"role": "generator", "dataset": next(iter(fitting), None)} | metadata
+        mu = EDMDenoiser(net, metadata.get("sigma", SIGMA_MAX))
+    if metadata.get("role") != "generator" or metadata.get("dataset") not in WORKLOADS:
+        raise UserError(f"{path} is not a one-step generator; use a generator.safetensors of a run")
+    if not WORKLOADS[metadata["dataset"]].latent:
+        check_fits(WORKLOADS[metadata["dataset"]], mu.net, path)
+    return OneStepGenerator(mu), metadata
 
 
-def load_sd_generator(path: Path) -> tuple[OneStepGenerator, dict[str, str]]:
-    """load_generator for a UNet of Stable Diffusion v1.x."""
+def load_sd_generator(path: Path) -> tuple[SDDenoiser, dict[str, str]]:
+    """A UNet of Stable Diffusion v1.x and its metadata, for load_generator."""
     metadata = read_header(path)[1] if file_format(path) == "safetensors" else {}
     beside, config = path.with_name("config.json"), None  # None: SD v1.5's
     if "kwargs" in metadata:
@@ -250,9 +254,7 @@ def load_sd_generator(path: Path) -> tuple[OneStepGenerator, dict[str, str]]:
     elif beside.exists() and "block_out_channels" in (found := read_json(beside)):
         config = found  # the file lies in a folder of diffusers'
     net = load_network("unet", path, config=config).requires_grad_(False)
-    metadata = {"role": "generator", "dataset": "sd15"} | metadata
-    check_role(metadata, path)
-    return OneStepGenerator(SDDenoiser(net).eval()), metadata
+    return SDDenoiser(net).eval(), {"role": "generator", "dataset": "sd15"} | metadata
 
 
 def is_sd_unet(path: Path) -> bool:
@@ -265,31 +267,7 @@ def is_sd_unet(path: Path) -> bool:
     return isinstance(names, list | dict) and "down_blocks.0.resnets.0.conv1.weight" in names
 
 
-def check_role(metadata: dict, path: Path) -> None:
-    """Raise UserError unless the file is a generator of a known dataset."""
-    if metadata.get("role") != "generator" or metadata.get("dataset") not in WORKLOADS:
-        raise UserError(f"{path} is not a one-step generator; use a generator.safetensors of a run")
-
-
-def dataset_of(net: EDMPrecond) -> str | None:
-    """The workload for whose images and classes a network is made, None if there is none."""
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    fitting = ((w.image_shape, w.num_classes) == (shape, net.label_dim) for w in WORKLOADS.values())
-    return next((name for name, fits in zip(WORKLOADS, fitting, strict=True) if fits), None)
-
-
-def check_fits(dataset: str, net: EDMPrecond, path: Path) -> None:
-    """Raise UserError unless the network takes the dataset's images and labels."""
-    if dataset_of(net) != dataset:
-        workload = get_workload(dataset)
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        raise UserError(
-            f"{path} is a network for images {shape} with {net.label_dim} classes, but {dataset} "
-            f"has {workload.image_shape} with {workload.num_classes}; choose the right file"
-        )
-
-
-def check_teaches(teacher: EDMTeacher | SDTeacher, metadata: dict, path: Path) -> None:
+def check_teaches(teacher: Teacher, metadata: dict, path: Path) -> None:
     """Raise UserError if a generator's file says that it was distilled from another teacher."""
     if metadata.get("teacher_sha256", teacher.record["sha256"]) != teacher.record["sha256"]:
         raise UserError(
@@ -299,15 +277,8 @@ def check_teaches(teacher: EDMTeacher | SDTeacher, metadata: dict, path: Path) -
 
 
 def find_generator(given: str | None) -> Path:
-    """The generator to use: the one given, else the newest run's, else the shipped one (and says
-    which).
-
-    Args:
-        given: a run folder, a generator's file, or an address that edm_files.fetch knows.
-
-    Raises:
-        UserError: nothing is to be had there.
-    """
+    """The generator to use: the one given (a run folder, a file, or an address that edm_files.fetch
+    knows), else the newest run's, else the shipped one (and says so)."""
     if given:
         folder = Path(given)
         return folder / "generator.safetensors" if folder.is_dir() else fetch(given)
@@ -315,4 +286,4 @@ def find_generator(given: str | None) -> Path:
     if runs:
         return runs[-1]
     print("no run in runs/: using the shipped MNIST generator")
-    return MNIST_GENERATOR
+    return ASSETS / "mnist_generator.safetensors"

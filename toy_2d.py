@@ -191,7 +191,7 @@ def train_panel(
             mu_fake if use_fake_score else no_score,
             x,
             None,
-            t=dm_noise_levels(u, T, config.max_step),
+            t=dm_noise_levels(u, config.max_step),
             noise=noise,
         )
         loss_reg = regression_loss(x_ref, y_ref, l2_distance)
@@ -200,7 +200,7 @@ def train_panel(
 
         # 4. Denoise the generated samples (Eq. 6): the same x, detached.
         loss_denoise = denoising_loss(
-            mu_fake, x.detach(), None, t=all_noise_levels(u_fake, T), noise=noise_fake
+            mu_fake, x.detach(), None, t=all_noise_levels(u_fake), noise=noise_fake
         )
 
         # 5. Step mu_fake.

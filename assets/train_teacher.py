@@ -35,7 +35,7 @@ from plumbing.files import holds_files, save_grid, write_csv, write_tensors, wri
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import generator_for
 from teachers import check_fits
-from workloads import MNIST_TEACHER_KWARGS
+from workloads import ROWS, WORKLOADS
 
 SIGMA_DATA = 0.5  # EDM's, and EDMPrecond's default
 FREE_OPTIONS = ("data", "out", "save_every", "device")  # may differ when a run is resumed
@@ -114,9 +114,9 @@ def start(init: str | None) -> EDMPrecond:
         UserError: unreadable file, or a network for other images.
     """
     if init is None:
-        return EDMPrecond(**MNIST_TEACHER_KWARGS)
+        return EDMPrecond(**ROWS["mnist"]["network"])
     net = load_edm(init)
-    check_fits("mnist", net, Path(init))
+    check_fits(WORKLOADS["mnist"], net, Path(init))
     return net.train().requires_grad_(True)
 
 

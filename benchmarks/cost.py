@@ -21,18 +21,19 @@ from torchvision.models import vgg16
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from edm_unet import EDMPrecond
-from plumbing.edm_files import EDM_ARCHITECTURES
-from plumbing.options import Options, UserError, option, run_script
+from plumbing.options import Options, option, run_script
 from sd_loader import SD15, UNet
-from workloads import MNIST_TEACHER_KWARGS, WORKLOADS, Workload
+from workloads import WORKLOADS, Workload
 
 
 @dataclass
 class Config(Options):
     """The GPU that the days are of."""
 
-    tflops: float = option(312.0, "peak of the GPU, 10^12 operations per second (A100, bfloat16)")
-    utilisation: float = option(0.4, "share of the peak that is reached")
+    tflops: float = option(
+        312.0, "peak of the GPU, 10^12 operations per second (A100, bfloat16)", above=0
+    )
+    utilisation: float = option(0.4, "share of the peak that is reached", above=0)
 
 
 def flops(network: torch.nn.Module, *inputs: torch.Tensor) -> int:
@@ -49,8 +50,7 @@ def forward_flops(dataset: str) -> int:
         if dataset == "sd15":
             t = torch.zeros(1, dtype=torch.long)
             return flops(UNet(SD15["unet"]), x, t, torch.zeros(1, 77, 768))
-        kwargs = MNIST_TEACHER_KWARGS if dataset == "mnist" else EDM_ARCHITECTURES[dataset]
-        return flops(EDMPrecond(**kwargs).eval(), x, torch.ones(1))
+        return flops(EDMPrecond(**WORKLOADS[dataset].network).eval(), x, torch.ones(1))
 
 
 def lpips_flops(workload: Workload) -> int:
@@ -82,8 +82,6 @@ def pairs_flops(workload: Workload, forward: int) -> int:
 
 def main(config: Config) -> None:
     """Print the table."""
-    if not (config.tflops > 0 and config.utilisation > 0):
-        raise UserError("--tflops and --utilisation must be above 0")
     per_day = config.tflops * 1e12 * config.utilisation * 86400
     print(f"{config.tflops:g} TFLOP/s at {config.utilisation:.0%}")
     print(f"{'':16}{'forward':>12}{'step':>12}{'steps':>9}{'pairs':>12}{'training':>12}")

@@ -34,35 +34,34 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from dmd_loss import lpips_distance
 from edm_unet import EDMPrecond
-from plumbing.devices import AMP, Ranks, pick_amp, pick_device, to
-from plumbing.edm_files import EDM_ARCHITECTURES
+from plumbing.devices import AMP, Ranks, pick_device, to
 from plumbing.files import file_hash, write_json, write_tensors
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import shard_path
-from workloads import MNIST_TEACHER_KWARGS, WORKLOADS, get_workload
+from workloads import WORKLOADS, Workload, get_workload
 
-NETWORKS = {"mnist": MNIST_TEACHER_KWARGS, **EDM_ARCHITECTURES}
+DATASETS = tuple(name for name, row in WORKLOADS.items() if not row.latent)
 
 
 @dataclass
 class Config(Options):
     """What to measure, and how."""
 
-    dataset: str = option("mnist", "whose networks", tuple(NETWORKS))
-    batch_size: int = option(32, "B, unpaired and paired images each")
+    dataset: str = option("mnist", "whose networks", DATASETS)
+    batch_size: int = option(32, "B, unpaired and paired images each", least=1)
     resolution: int | None = option(None, "of the images, in place of the dataset's")
-    repeats: int = option(15, "steps and forwards measured, in turn; the medians count")
+    repeats: int = option(15, "steps and forwards measured, in turn; the medians count", least=1)
     amp: str = option("off", "half precision: auto, bf16, fp16, off", AMP)
     compile: bool = option(False, "torch.compile the networks")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     json: str | None = option(None, "file for the numbers")
 
 
-def write_inputs(folder: Path, dataset: str) -> dict[str, str]:
-    """A teacher of random weights and 64 pairs of noise -> options of train.Config."""
-    workload, teacher = get_workload(dataset), folder / "teacher.safetensors"
+def write_inputs(folder: Path, workload: Workload) -> dict[str, str]:
+    """A teacher of random weights and 64 pairs of noise -> the run's teacher, pairs and out."""
+    teacher, dataset = folder / "teacher.safetensors", workload.dataset
     torch.manual_seed(0)
-    net = EDMPrecond(**NETWORKS[dataset] | {"img_resolution": workload.image_shape[-1]})
+    net = EDMPrecond(**workload.network)
     metadata = {"kwargs": json.dumps(net.kwargs)}
     write_tensors(teacher, net.state_dict(), metadata)
     record = {"name": teacher.name, "sha256": file_hash(teacher)}
@@ -92,7 +91,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def measure(config: Config, folder: Path) -> dict[str, float]:
+def measure(config: Config, folder: Path, workload: Workload) -> dict[str, float]:
     """Time forwards and steps in turn, so that both see the same machine.
 
     Returns:
@@ -100,13 +99,11 @@ def measure(config: Config, folder: Path) -> dict[str, float]:
         the peak of memory, "GiB".
     """
     device, B = pick_device(config.device), config.batch_size
-    ranks, workload = Ranks(0, 1, device), get_workload(config.dataset)
-    options = train.Config(
-        dataset=config.dataset, batch_size=B, batch_size_ref=B, distance="l2",
-        amp=pick_amp(config.amp, device), compile=config.compile,
-        **write_inputs(folder, config.dataset),
+    workload = replace(
+        workload, batch_size=B, batch_size_ref=B, distance="l2", amp=config.amp,
+        compile=config.compile, **write_inputs(folder, workload),
     )  # fmt: skip
-    run = train.prepare(train.resolve(options, ranks), ranks)
+    run = train.prepare(workload, Ranks(0, 1, device))
     x = torch.randn(B, *workload.image_shape)
     cond = torch.arange(B) % workload.num_classes if workload.num_classes else None
     x, t, cond = to(device, x, torch.full((B,), 500), cond)
@@ -128,24 +125,21 @@ def measure(config: Config, folder: Path) -> dict[str, float]:
     ]
     F, total = (statistics.median(values) for values in zip(*times, strict=True))
     found = {"forward": F, "step": total, "GiB": peak_memory(device)}
-    if workload.distance == "lpips":
+    if WORKLOADS[config.dataset].distance == "lpips":
         found["lpips"] = lpips_time(x, device, config.repeats)
     return found
 
 
 def main(config: Config) -> None:
     """Measure and print."""
-    if config.batch_size < 1 or config.repeats < 1:
-        raise UserError("--batch-size and --repeats must be at least 1")
     workload = get_workload(config.dataset)
     size = workload.image_shape[-1] if config.resolution is None else config.resolution
-    least = 2 ** (len(NETWORKS[config.dataset]["channel_mult"]) - 1)  # the network halves it
+    least = 2 ** (len(workload.network["channel_mult"]) - 1)  # the network halves it
     if size < least or size % least:
         raise UserError(f"--resolution must be a multiple of {least}, not {size}")
-    shape = (workload.image_shape[0], size, size)
-    WORKLOADS[config.dataset] = replace(workload, image_shape=shape)
+    workload = replace(workload, network=workload.network | {"img_resolution": size})
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(config, Path(folder))
+        found = measure(config, Path(folder), workload)
     if config.json is not None:
         write_json(Path(config.json), found)
     F, step, device = found["forward"], found["step"], pick_device(config.device)

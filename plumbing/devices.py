@@ -8,7 +8,6 @@ A *rank* is the number of one of these processes. Rank 0 writes files; the other
 """
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,32 +24,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" -> the GPU if there is one, else the CPU; "cpu", "cuda", "cuda:1", ... as given.
-
-    Raises:
-        UserError: no such device, or one without the solver's float64 (Apple's mps).
-    """
+    """ "auto" -> the GPU if there is one, else the CPU; "cpu", "cuda", "cuda:1", ... as given."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device, dtype=torch.float64)
+        torch.zeros(1, device=device, dtype=torch.float64)  # the solvers', which Apple's mps lacks
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {name!r} cannot be used ({reason}); try --device cpu") from None
     return device
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees, up to 1 GiB, in blocks of up to 64 MiB (glibc alone).
-
-    A training step on a CPU frees and asks for the same memory again and again, and the system
-    would clear it anew each time. What that costs is in benchmarks/README.md.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        glibc = ctypes.CDLL(None)
-        glibc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        glibc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD, which would be 128 KiB once -1 is set
 
 
 def to(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -63,10 +46,6 @@ def to(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
         None if x is None else x.to(device, memory_format=layout)
         for x, layout in zip(tensors, layouts, strict=True)
     ]
-
-
-# --------------------------------------------------------------------------------------------------
-# Precision
 
 
 def pick_amp(name: str, device: torch.device) -> str:
@@ -136,12 +115,12 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. (A CPU tensor: the GPU need not be waited for.)"""
-        if self.count == 1:
-            return flag
-        flags = torch.tensor([float(flag)])
-        with others_alive():
-            dist.all_reduce(flags)
-        return flags.item() > 0
+        return self.mean(torch.tensor(float(flag), dtype=torch.float64)).item() > 0
+
+    def agree(self, number: int) -> bool:
+        """Whether all ranks have this number. (On the CPU: a GPU's x / 7 may be off by a bit.)"""
+        mean = self.mean(torch.tensor(float(number), dtype=torch.float64)).item()
+        return not self.any(number != mean)
 
 
 @contextlib.contextmanager
@@ -161,9 +140,6 @@ def join_ranks(device: str) -> Ranks:
 
     Args:
         device: as for pick_device; with several ranks "auto" and "cuda" are each rank's own GPU.
-
-    Raises:
-        UserError: no such device, or more ranks than GPUs on this machine.
     """
     count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if count == 1:

@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from plumbing.options import UserError
+
+# --------------------------------------------------------------------------------------------------
+# Writing
 
 
 @contextlib.contextmanager
@@ -33,28 +36,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; nothing was changed"
-        ) from error
+    except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}; nothing was changed") from error
     finally:
         with contextlib.suppress(OSError):  # gone already, or in a folder that is not ours
             temporary.unlink()
-
-
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def holds_files(folder: Path, but: str = "") -> bool:
-    """Whether there is anything at `folder` beside `but` and hidden files, which a killed write
-    leaves."""
-    if not folder.is_dir():
-        return folder.exists()
-    return any(not path.name.startswith(".") and path.name != but for path in folder.iterdir())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -64,36 +51,14 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_torch(path: Path, value) -> None:
-    """Write with torch.save, atomically; it reports a full disk as a RuntimeError."""
+    """Write with torch.save, atomically."""
     with atomic_path(path) as temporary:
-        try:
-            torch.save(value, temporary)
-        except RuntimeError as error:
-            raise OSError(str(error).splitlines()[0]) from error
+        torch.save(value, temporary)
 
 
 def write_json(path: Path, value) -> None:
     """Write a JSON file atomically."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON file.
-
-    Raises:
-        UserError: missing, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); delete it and rerun") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not what this project writes; delete it and rerun")
-    return value
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -105,58 +70,74 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict, **others: str) -> None:
     """Write a safetensors file atomically. Tensors are brought to the CPU, contiguous.
 
-    Our metadata is one JSON entry, "dmd"; the entry "format" is what other readers ask for.
+    Our metadata is one JSON entry, "dmd": equal contents are equal files. `others` are entries that
+    other readers ask for, such as format="pt" (several entries are written in random order).
     """
     cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    entries = {"dmd": json.dumps(metadata, sort_keys=True), "format": "pt"}
-    with atomic_path(path) as temporary:
-        try:
-            save_file(cpu, temporary, entries)
-            temporary.chmod(0o666 & ~current_umask())  # safetensors makes private files
-        except SafetensorError as error:  # a full disk
-            raise OSError(str(error).splitlines()[0]) from error
-        sort_header(temporary)
+    entries = {"dmd": json.dumps(metadata, sort_keys=True), **others}
+    write_bytes(path, safetensors.torch.save(cpu, entries))
 
 
-def sort_header(path: Path) -> None:
-    """Put a safetensors file's metadata in order, in place: safetensors writes it in random order,
-    and equal contents shall be equal files."""
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(data) <= size:  # then the rest is padded with spaces, as the format asks
-            file.seek(8)
-            file.write(data.ljust(size))
+def write_figure(path: Path, figure) -> None:
+    """Write a matplotlib figure as PNG, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_bytes(path, buffer.getvalue())
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file -> (tensors, metadata).
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8, by EDM's rule x * 127.5 + 128, clamped."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
-    Raises:
-        UserError: missing, truncated or of another format.
+
+def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> None:
+    """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, as one PNG, row by row, on light grey.
+
+    Args:
+        scale: whole-number magnification, for small images.
+        gap: pixels between the images.
     """
-    with open_tensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, read_metadata(file)
+    batch, channels, height, width = images.shape
+    rows = math.ceil(batch / columns)
+    pixels = to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).numpy()
+    shape = (gap + rows * (height + gap), gap + columns * (width + gap), channels)
+    canvas = np.full(shape, 200, np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    picture = Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    write_bytes(path, buffer.getvalue())
 
 
-def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
-    """The tensors' names and the metadata of a safetensors file, without its numbers.
-
-    Raises:
-        UserError: missing, truncated or of another format.
-    """
-    with open_tensors(path) as file:
-        return list(file.keys()), read_metadata(file)
+# --------------------------------------------------------------------------------------------------
+# Reading
 
 
-def read_metadata(file) -> dict[str, str]:
-    """What write_tensors was given with the tensors; {} for other people's files."""
-    return json.loads((file.metadata() or {}).get("dmd", "{}"))
+def holds_files(folder: Path, but: str = "") -> bool:
+    """Whether there is anything at `folder` beside `but` and hidden files, which a killed write
+    leaves."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(not path.name.startswith(".") and path.name != but for path in folder.iterdir())
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file that holds an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); delete it and rerun") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not what this project writes; delete it and rerun")
+    return value
 
 
 @contextlib.contextmanager
@@ -173,6 +154,23 @@ def open_tensors(path: Path) -> Iterator:
         ) from None
 
 
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Read a safetensors file -> tensors, and our metadata ({} in other people's files)."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, read_metadata(file)
+
+
+def read_header(path: Path) -> tuple[list[str], dict]:
+    """The tensors' names and our metadata of a safetensors file, without its numbers."""
+    with open_tensors(path) as file:
+        return list(file.keys()), read_metadata(file)
+
+
+def read_metadata(file) -> dict:
+    """What write_tensors was given beside the tensors, from a file opened with safe_open."""
+    return json.loads((file.metadata() or {}).get("dmd", "{}"))
+
+
 def load_strictly(
     module: torch.nn.Module, tensors: dict[str, Tensor], path: Path | str, assign: bool = False
 ) -> None:
@@ -181,9 +179,6 @@ def load_strictly(
     Args:
         path: where the tensors are from, for the message.
         assign: make the tensors themselves the parameters, without a copy.
-
-    Raises:
-        UserError: missing, surplus or misshapen tensors, with the first few names.
     """
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -204,38 +199,6 @@ def load_strictly(
         ]
         raise UserError(f"{path} holds another architecture: {'; '.join(parts)}")
     module.load_state_dict(tensors, strict=True, assign=assign)
-
-
-# --------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] -> uint8, by EDM's rule x * 127.5 + 128, clamped."""
-    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
-def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> None:
-    """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, as one PNG, row by row, on light grey.
-
-    Args:
-        scale: whole-number magnification, for small images.
-        gap: pixels between the images.
-    """
-    batch, channels, height, width = images.shape
-    rows = math.ceil(batch / columns)
-    pixels = to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).numpy()
-    canvas = np.full(
-        (gap + rows * (height + gap), gap + columns * (width + gap), channels), 200, np.uint8
-    )
-    for i, image in enumerate(pixels):
-        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = image
-    picture = Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
 
 
 def file_hash(path: Path) -> str:

@@ -28,16 +28,31 @@ class UserError(Exception):
     """Something the user can mend. The message says what is wrong and what to do, in one line."""
 
 
-def option(default, help: str, choices: tuple | None = None, *, free: bool = False, **bounds):
+def option(
+    default,
+    help: str | None,
+    choices: tuple | None = None,
+    *,
+    flag: str | None = None,
+    free: bool = False,
+    **bounds,
+):
     """A dataclass field that is an option of the command line.
 
     Args:
+        help: its line in --help; None: no option after all.
         choices: the only values that it may have.
+        flag: its name on the command line, if not the field's.
         free: a run may be resumed with another value, because it does not change the result.
         **bounds: of a number: least, above, most, below.
     """
-    metadata = {"help": help, "choices": choices, "free": free, "bounds": bounds}
+    metadata = {"help": help, "choices": choices, "flag": flag, "free": free, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    """lambda_reg -> --lambda-reg, or what the option itself says."""
+    return "--" + (field.metadata["flag"] or field.name).replace("_", "-")
 
 
 class Options:
@@ -46,9 +61,9 @@ class Options:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, about = getattr(self, field.name), field.metadata
-            flag = "--" + field.name.replace("_", "-")
-            if value is None or not about:
+            if value is None or not about.get("help"):
                 continue
+            flag = flag_of(field)
             for each in value if isinstance(value, tuple | list) else [value]:
                 if about["choices"] and each not in about["choices"]:
                     known = ", ".join(map(str, about["choices"]))
@@ -57,6 +72,11 @@ class Options:
                 holds, words = BOUNDS[name]
                 if not holds(value, bound):  # so that NaN fails too
                     raise UserError(f"{flag} must be {words} {bound}, not {value}")
+
+    def settings(self) -> dict:
+        """What decides the result: the values of all fields but those marked free."""
+        fields = [field for field in dataclasses.fields(self) if not field.metadata.get("free")]
+        return {field.name: getattr(self, field.name) for field in fields}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,7 +91,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
-def parse(make: Callable, doc: str, flags: dict[str, str] | None = None, arguments=None):
+def parse(make: Callable, doc: str, flags: str | None = None, arguments=None):
     """The command line -> make(**the options that it gives), a dataclass derived from Options.
 
     Every field made by `option` is one: `lambda_reg: float = option(...)` is `--lambda-reg X`, a
@@ -80,22 +100,21 @@ def parse(make: Callable, doc: str, flags: dict[str, str] | None = None, argumen
 
     Args:
         make: the dataclass, or a function of the same keywords that fills in the others.
-        flags: flag -> field, where not all fields are flags under their own name.
+        flags: the fields that are options of this script, some as flag=field; None: all.
     """
     first = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     first.add_argument("--dataset")
     shown = make(**vars(first.parse_known_args(arguments)[0]))
-    hints, fields = (
-        typing.get_type_hints(type(shown)),
-        {f.name: f for f in dataclasses.fields(shown)},
-    )
-    names = flags or {name: name for name, field in fields.items() if field.metadata}
+    hints = typing.get_type_hints(type(shown))
+    fields = {field.name: field for field in dataclasses.fields(shown)}
+    words = flags.split() if flags else [name for name in fields if fields[name].metadata]
     parser = Parser(
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    for flag, name in names.items():
+    for word in words:
+        flag, _, name = word.rpartition("=")
         value, about, kind = getattr(shown, name), fields[name].metadata, hints[name]
         default = "" if value in (None, ()) or kind is bool else f" (default: {value})"
         how = {"dest": name, "help": (about["help"] + default).replace("%", "%%")}
@@ -108,11 +127,11 @@ def parse(make: Callable, doc: str, flags: dict[str, str] | None = None, argumen
             if typing.get_origin(kind) is tuple:
                 kind, how["nargs"] = typing.get_args(kind)[0], "+"
             how["type"] = kind
-        parser.add_argument("--" + flag.replace("_", "-"), **how)
+        parser.add_argument(f"--{flag}" if flag else flag_of(fields[name]), **how)
     return make(**vars(parser.parse_args(arguments)))
 
 
-def run_script(main: Callable, make: Callable, doc: str, flags: dict[str, str] | None = None):
+def run_script(main: Callable, make: Callable, doc: str, flags: str | None = None):
     """Call main on what `parse` gives; a UserError becomes one line and exit code 2."""
     try:
         main(parse(make, doc, flags))

@@ -1,6 +1,6 @@
-"""Noise/image pairs on disk: what make_pairs.py writes and train.py reads.
+"""Noise/image pairs on disk, and everything that is drawn at random.
 
-A folder holds `meta.json` (dataset, teacher, solver, ... : how the pairs were made) and shards
+A folder of pairs holds `meta.json` (dataset, teacher, solver, ... : how they were made) and shards
 `shard_00000.safetensors`, ... of `shard_size` pairs each, every one with
 
     z (N, C, H, W) float32      unit-variance noise
@@ -11,6 +11,7 @@ A folder holds `meta.json` (dataset, teacher, solver, ... : how the pairs were m
 and, of a text-conditional teacher, the N prompts in its metadata.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,43 @@ from torch import Tensor
 
 from plumbing.files import read_json, read_metadata
 from plumbing.options import UserError
+
+# --------------------------------------------------------------------------------------------------
+# Randomness
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """A CPU generator whose stream is a function of the key alone, e.g. (seed, step).
+
+    Trailing zeros do not count: (3,) and (3, 0) are the same key.
+    """
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) >> 1)
+
+
+def sample_noise(seed: int, indices: Iterable[int], shape: tuple[int, ...]) -> Tensor:
+    """z of samples k in indices -> (len, *shape): row k is a function of (seed, k) alone.
+
+    So sample k is the same whatever the batch size, the number of processes or the device.
+    """
+    return torch.stack([torch.randn(shape, generator=generator_for(seed, k)) for k in indices])
+
+
+def draw_rows(
+    seed: int, step: int, rows: Sequence[int], shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """For every row i of step k, as a function of (seed, k, i) alone: three numbers uniform in
+    [0, 1), and normal ones -> (B, 3) float64, (B, *shape)."""
+    u, normal = torch.empty(len(rows), 3, dtype=torch.float64), torch.empty(len(rows), *shape)
+    for i, row in enumerate(rows):
+        generator = generator_for(seed, step, row + 1)  # (seed, k, 0) is the noise of pair k
+        torch.rand(3, dtype=torch.float64, generator=generator, out=u[i])
+        torch.randn(shape, generator=generator, out=normal[i])
+    return u, normal
+
+
+# --------------------------------------------------------------------------------------------------
+# Shards
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -38,27 +76,16 @@ def num_shards(meta: dict) -> int:
     return -(-meta["num_pairs"] // meta["shard_size"])
 
 
-def sample_noise(seed: int, indices, shape: tuple[int, ...]) -> Tensor:
-    """z of samples k in indices -> (len, *shape): each a function of (seed, k) alone.
-
-    So sample k is the same whatever the batch size, the number of processes or the device.
-    """
-    return torch.stack([torch.randn(shape, generator=generator_for(seed, k)) for k in indices])
-
-
 class Pairs:
     """The data set D of Eq. 9, read from disk as needed.
+
+    Args:
+        folder: as written by make_pairs.py.
+        dataset: what the pairs must have been made for.
 
     Attributes:
         meta: meta.json.
         prompts: of all pairs, for a text-conditional teacher, else empty.
-
-    Args:
-        folder: as written by make_pairs.py.
-        dataset: the workload that the pairs must have been made for.
-
-    Raises:
-        UserError: missing, incomplete or damaged pairs, or pairs made for something else.
     """
 
     def __init__(self, folder: Path, dataset: str):
@@ -107,7 +134,7 @@ class Pairs:
     def __len__(self) -> int:
         return self.meta["num_pairs"]
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | list[str] | None]:
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | list[str] | None]:
         """Pairs k in indices -> z_ref, y_ref (R, C, H, W) float32, labels (R,), prompts or None."""
         rows = [divmod(k, self.meta["shard_size"]) for k in indices]
 
@@ -119,21 +146,3 @@ class Pairs:
         if self.prompts:
             cond = [self.prompts[k] for k in indices]
         return gather("z"), gather("y").float(), cond
-
-
-# --------------------------------------------------------------------------------------------------
-# Randomness
-
-
-def generator_for(*key: int) -> torch.Generator:
-    """A CPU generator whose stream is a function of the key alone, e.g. (seed, step).
-
-    Trailing zeros do not count: (3,) and (3, 0) are the same key.
-
-    Raises:
-        UserError: a negative number.
-    """
-    if min(key) < 0:
-        raise UserError(f"seeds must be at least 0, not {min(key)}")
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed) >> 1)

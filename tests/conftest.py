@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import make_pairs
+from workloads import Workload, get_workload
 
 ROOT = Path(__file__).parent.parent
 # One thread, so that two processes on one machine round alike.
@@ -32,6 +33,13 @@ def fails_in_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
         assert word in last
 
 
+def pairs_config(**flags) -> Workload:
+    """What make_pairs.py makes of its flags."""
+    fields = {"steps": "solver_steps", "batch_size": "solver_batch", "out": "pairs"}
+    fields = {fields.get(flag, flag): value for flag, value in flags.items()}
+    return get_workload(**fields | {"pairs": str(fields["pairs"])})
+
+
 @pytest.fixture
 def one_thread():
     """What runs in this process rounds as a process with ONE_THREAD does."""
@@ -45,7 +53,5 @@ def one_thread():
 def pairs(tmp_path_factory) -> Path:
     """20 MNIST pairs in 3 shards, 6 Heun steps."""
     folder = tmp_path_factory.mktemp("pairs") / "mnist"
-    make_pairs.main(
-        make_pairs.Config(num_pairs=20, steps=6, shard_size=8, out=str(folder), device="cpu")
-    )
+    make_pairs.main(pairs_config(num_pairs=20, steps=6, shard_size=8, out=folder, device="cpu"))
     return folder

@@ -240,9 +240,9 @@ def test_noise_levels_are_the_papers_ranges():
     u = torch.arange(96_000, dtype=torch.float64) / 96_000
     u[-1] = 1 - 2**-53  # the largest that torch.rand gives
     for t, levels in (
-        (dmd_loss.dm_noise_levels(u, 1000), range(20, 980)),
-        (dmd_loss.dm_noise_levels(u, 1000, max_step=500), range(20, 500)),
-        (dmd_loss.all_noise_levels(u, 1000), range(1000)),
+        (dmd_loss.dm_noise_levels(u), range(20, 980)),
+        (dmd_loss.dm_noise_levels(u, 500), range(20, 500)),
+        (dmd_loss.all_noise_levels(u), range(1000)),
     ):
         count = torch.bincount(t, minlength=1000)
         assert (t.min(), t.max()) == (levels[0], levels[-1]) and t.dtype == torch.long

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT
+from conftest import ONE_THREAD, ROOT, pairs_config
 
 import make_pairs
 import train
@@ -20,11 +20,14 @@ from dmd_loss import all_noise_levels, dm_noise_levels
 from plumbing import rundir
 from plumbing.devices import Ranks
 from plumbing.options import UserError
+from plumbing.pairs import draw_rows
+from workloads import get_workload
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 STEPS = 3
-OPTIONS = {"batch_size": 4, "batch_size_ref": 4, "warmup": 1, "device": "cpu", "save_every": 2}
+OPTIONS = {"batch_size": 4, "batch_size_ref": 4, "device": "cpu", "save_every": 2}
 OPTIONS |= {"lr_decay": "none", "lambda_reg_decay": 1.0, "steps": STEPS}
+OPTIONS |= {"learning_rate": 2e-2}  # 4e-4 at the first of 50 steps of warm-up
 
 # What rounding may do. Of one network's way from the teacher, as a fraction in the L2 norm; and of
 # the losses and norms. Other samples, or a gradient of one rank alone, change either by over a
@@ -58,7 +61,7 @@ def train_on_two_ranks(pairs, out, **options):
 
 
 def train_alone(pairs, out, **options):
-    train.main(train.Config(**{**OPTIONS, "pairs": str(pairs), "out": str(out), **options}))
+    train.main(get_workload(**{**OPTIONS, "pairs": str(pairs), "out": str(out), **options}))
     return Path(out)
 
 
@@ -111,14 +114,14 @@ def straight(pairs, tmp_path_factory):
 def test_the_tolerances_tell_the_difference(pairs, straight, teacher, tmp_path, monkeypatch):
     """What the other tests would find if gradients were not averaged (rank 0 with its own rows
     alone), or if a rank drew other rows."""
-    original = train.micro_batches
+    original = train.split_batch
     half = Ranks(0, 2, ALONE.device)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "micro_batches", lambda config, _: original(config, half))
+        patch.setattr(train, "split_batch", lambda config, _: original(config, half))
         alone = difference(straight, train_alone(pairs, tmp_path / "alone"), teacher)
     with monkeypatch.context() as patch:
         patch.setattr(
-            train, "micro_batches",
+            train, "split_batch",
             lambda config, ranks: [(range(2, 6), rows) for _, rows in original(config, ranks)],
         )  # fmt: skip
         shifted = difference(straight, train_alone(pairs, tmp_path / "shifted"), teacher)
@@ -185,7 +188,7 @@ def test_accumulation_is_one_step(pairs, straight, teacher, tmp_path, monkeypatc
 def test_batches_that_cannot_be_split(count, options, message):
     """Uneven parts would weigh their samples unequally."""
     with pytest.raises(UserError, match=message):
-        train.resolve(train.Config(**{**OPTIONS, **options}), Ranks(0, count, ALONE.device))
+        train.split_batch(get_workload(**{**OPTIONS, **options}), Ranks(0, count, ALONE.device))
 
 
 @pytest.mark.slow
@@ -207,20 +210,20 @@ def test_a_failure_of_one_rank_ends_all(pairs, tmp_path):
 def test_a_row_does_not_depend_on_the_others():
     """Row i of step k is a function of (seed, k, i): of no other row, nor of how many there are."""
     shape = (3, 1, 4, 4)
-    u, normal = train.draw_rows(7, 5, range(8), shape)
-    some_u, some_normal = train.draw_rows(7, 5, [6, 1], shape)
+    u, normal = draw_rows(7, 5, range(8), shape)
+    some_u, some_normal = draw_rows(7, 5, [6, 1], shape)
     assert torch.equal(some_u, u[[6, 1]]) and torch.equal(some_normal, normal[[6, 1]])
-    only_u, nothing = train.draw_rows(7, 5, [3], (3, 0))  # pairs, where no noise is needed
+    only_u, nothing = draw_rows(7, 5, [3], (3, 0))  # pairs, where no noise is needed
     assert torch.equal(only_u[0], u[3]) and nothing.shape == (1, 3, 0)
-    others = [train.draw_rows(8, 5, range(8), shape), train.draw_rows(7, 6, range(8), shape)]
+    others = [draw_rows(8, 5, range(8), shape), draw_rows(7, 6, range(8), shape)]
     every = torch.cat([normal, *(n for _, n in others)]).flatten(1)
     assert (torch.cdist(every, every) + 100 * torch.eye(24)).min() > 1
 
 
 def test_drawn_noise_levels():
     """KL: t in 20 .. 979, denoising: 0 .. 999, evenly, and independent of each other."""
-    u, normal = train.draw_rows(0, 0, range(4000), (2,))
-    t, t_fake = dm_noise_levels(u[:, 1], 1000), all_noise_levels(u[:, 2], 1000)
+    u, normal = draw_rows(0, 0, range(4000), (2,))
+    t, t_fake = dm_noise_levels(u[:, 1]), all_noise_levels(u[:, 2])
     assert 20 <= t.min() < 30 and 970 < t.max() <= 979
     assert 0 <= t_fake.min() < 10 and 990 < t_fake.max() <= 999
     for levels in (t, t_fake):
@@ -241,7 +244,7 @@ def test_two_ranks_make_the_pairs_of_one(tmp_path, one_thread):
     result = on_two_ranks("make_pairs.py", {**options, "out": tmp_path / "two"})
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("10 pairs of mnist in ") == 1
-    make_pairs.main(make_pairs.Config(**options, out=str(tmp_path / "one")))
+    make_pairs.main(pairs_config(**options, out=tmp_path / "one"))
     one, two = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         for name in ("one", "two")

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import fails_in_one_line, run
+from conftest import fails_in_one_line, pairs_config, run
 from PIL import Image
 from safetensors import safe_open
 from test_sd_loader import relative_error, write_sd
@@ -36,6 +36,7 @@ from sd_loader import (
     sd_noise_table,
 )
 from teachers import load_generator, load_sd_generator, load_teacher
+from workloads import ASSETS, get_workload
 
 PROMPTS = ["the cat", "a dog's hat"]
 LATENT = (4, 8, 8)
@@ -55,7 +56,7 @@ def sd(tmp_path_factory):
 
 def pairs_options(sd, out, **options):
     return {
-        "dataset": "sd15", "teacher": str(sd), "tiny_decoder": str(sd / "tiny_vae"),
+        "dataset": "sd15", "teacher": str(sd),
         "prompts": str(sd / "prompts.txt"), "num_pairs": 5, "shard_size": 3, "batch_size": 2,
         "steps": 4, "device": "cpu", "out": str(out), **options,
     }  # fmt: skip
@@ -63,15 +64,15 @@ def pairs_options(sd, out, **options):
 
 def train_options(sd, pairs, out, **options):
     return {
-        "dataset": "sd15", "teacher": str(sd), "tiny_decoder": str(sd / "tiny_vae"),
+        "dataset": "sd15", "teacher": str(sd),
         "pairs": str(pairs), "out": str(out), "steps": 2, "batch_size": 3, "batch_size_ref": 2,
-        "warmup": 0, "distance": "l2", "device": "cpu", "amp": "off", **options,
+        "distance": "l2", "device": "cpu", "amp": "off", **options,
     }  # fmt: skip
 
 
 def sample_options(sd, **options):
     return {
-        "teacher_weights": str(sd), "tiny_decoder": str(sd / "tiny_vae"), "device": "cpu",
+        "teacher_weights": str(sd), "device": "cpu",
         "seeds": "0-2", **options,
     }  # fmt: skip
 
@@ -93,21 +94,20 @@ def train_to_the_end(options):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rundir, "draw_curves", lambda *_: None)
-        train.main(train.Config(**options))
+        train.main(get_workload(**options))
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 def prepare(config):
     """A Run as train.main prepares it."""
-    ranks = join_ranks("cpu")
-    return train.prepare(train.resolve(config, ranks), ranks)
+    return train.prepare(config, join_ranks("cpu"))
 
 
 @pytest.fixture(scope="module")
 def sd_pairs(sd, tmp_path_factory):
     out = tmp_path_factory.mktemp("pairs") / "sd15"
-    make_pairs.main(make_pairs.Config(**pairs_options(sd, out)))
+    make_pairs.main(pairs_config(**pairs_options(sd, out)))
     return out
 
 
@@ -161,7 +161,7 @@ def test_pairs_keep_their_prompts_and_are_guided(sd, sd_pairs, tmp_path, guidanc
     if guidance != 3:
         folder = tmp_path / "pairs"
         options = pairs_options(sd, folder, guidance=guidance, prompts=str(sd / "prompts.txt.gz"))
-        make_pairs.main(make_pairs.Config(**options))
+        make_pairs.main(pairs_config(**options))
     pairs = Pairs(folder, "sd15")
     assert pairs.meta["guidance"] == guidance and pairs.prompts == (PROMPTS * 3)[:5]
     tensors, _ = read_tensors(folder / "shard_00001.safetensors")
@@ -180,16 +180,16 @@ def test_interrupted_pairs_resume_to_identical_files(sd, sd_pairs, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(sd_pairs, again)
     (again / "shard_00001.safetensors").unlink()
-    make_pairs.main(make_pairs.Config(**pairs_options(sd, again)))
+    make_pairs.main(pairs_config(**pairs_options(sd, again)))
     for name in ("shard_00000.safetensors", "shard_00001.safetensors", "preview.png"):
         assert (again / name).read_bytes() == (sd_pairs / name).read_bytes()
     with pytest.raises(UserError, match="another guidance, prompts;"):
-        options = {"guidance": 2.0, "prompts": str(make_pairs.ASSETS / "prompts.txt")}
-        make_pairs.main(make_pairs.Config(**pairs_options(sd, again, **options)))
+        options = {"guidance": 2.0, "prompts": str(ASSETS / "prompts.txt")}
+        make_pairs.main(pairs_config(**pairs_options(sd, again, **options)))
 
 
 def test_prompts_of_our_own():
-    prompts = make_pairs.read_prompts(make_pairs.ASSETS / "prompts.txt")
+    prompts = make_pairs.read_prompts(ASSETS / "prompts.txt")
     assert len(prompts) == len(set(prompts)) >= 100
     assert all(10 < len(prompt) < 90 and prompt == prompt.strip() for prompt in prompts)
 
@@ -199,7 +199,7 @@ def test_prompts_of_our_own():
 
 
 def test_before_training_the_generator_is_the_teachers_one_step(sd, sd_pairs, tmp_path):
-    G = prepare(train.Config(**train_options(sd, sd_pairs, tmp_path / "run"))).G
+    G = prepare(get_workload(**train_options(sd, sd_pairs, tmp_path / "run"))).G.model
     parts, z = load_sd(sd), sample_noise(7, [0, 1], LATENT)
     text = parts.encode_text(PROMPTS)
     alpha, sigma = (table[999].item() for table in sd_noise_table())
@@ -225,13 +225,13 @@ def test_kl_sees_both_halves_a_guided_teacher_and_an_unguided_fake(
     real_kl, real_regression = train.distribution_matching_loss, train.regression_loss
     monkeypatch.setattr(train, "distribution_matching_loss", kl)
     monkeypatch.setattr(train, "regression_loss", regression)
-    config = train.Config(**train_options(sd, sd_pairs, tmp_path / "run", learning_rate=0.0))
+    config = get_workload(**train_options(sd, sd_pairs, tmp_path / "run", learning_rate=0.0))
     active = prepare(config)
-    for net in (active.G.mu.net, active.mu_fake.net):
+    for net in (active.G.network.mu.net, active.mu_fake.network.net):
         assert net.gradient_checkpointing
         assert {(p.dtype, p.requires_grad) for p in net.parameters()} == {(torch.float32, True)}
-    shared = {p.data_ptr() for p in active.G.parameters()}
-    assert not shared & {p.data_ptr() for p in active.mu_fake.parameters()}
+    shared = {p.data_ptr() for p in active.G.network.parameters()}
+    assert not shared & {p.data_ptr() for p in active.mu_fake.network.parameters()}
     assert not shared & {p.data_ptr() for p in active.teacher.mu_real.parameters()}
     scalars = train.training_step(active, 0)
     assert all(value.isfinite() and value > 0 for value in scalars)
@@ -243,7 +243,7 @@ def test_kl_sees_both_halves_a_guided_teacher_and_an_unguided_fake(
     parts, x_t, t = load_sd(sd), kl["noise"], kl["t"]
     guided = GuidedUNet(parts.unet, parts.encode_text([""]), 3.0)
     with torch.no_grad():
-        x = active.G(torch.cat([batch.z, batch.z_ref]), text)
+        x = active.G.model(torch.cat([batch.z, batch.z_ref]), text)
         torch.testing.assert_close(kl["x"].detach(), x, rtol=1e-4, atol=1e-4)
         for mu, net in (("mu_real", guided), ("mu_fake", parts.unet)):
             expected = SDDenoiser(net)(x_t, t, text)
@@ -255,7 +255,7 @@ def test_kl_sees_both_halves_a_guided_teacher_and_an_unguided_fake(
 
 @pytest.mark.parametrize("options", [{"lambda_dm": 0.0}, {"lambda_reg": 0.0}, {"decoder": "full"}])
 def test_ablations_and_the_full_decoder_train(sd, sd_pairs, tmp_path, options):
-    config = train.Config(**train_options(sd, sd_pairs, tmp_path / "run", **options))
+    config = get_workload(**train_options(sd, sd_pairs, tmp_path / "run", **options))
     scalars = train.training_step(prepare(config), 0)
     assert all(value.isfinite() for value in scalars)
     for value, name in zip(scalars, ("lambda_dm", "lambda_reg"), strict=False):
@@ -267,13 +267,13 @@ def test_half_precision_is_the_teachers_alone(sd, sd_pairs, tmp_path):
     noise tables, the decoder and all that comes out of a denoiser."""
     scalars = {}
     for amp in ("off", "bf16"):
-        config = train.Config(**train_options(sd, sd_pairs, tmp_path / amp, amp=amp))
+        config = get_workload(**train_options(sd, sd_pairs, tmp_path / amp, amp=amp))
         active = prepare(config)
         scalars[amp] = torch.stack(train.training_step(active, 0))
     teacher = active.teacher
     for module, dtype in (
         (teacher.mu_real.net, torch.bfloat16), (teacher.sd.text_encoder, torch.bfloat16),
-        (active.G, torch.float32), (active.mu_fake, torch.float32),
+        (active.G.network, torch.float32), (active.mu_fake.network, torch.float32),
         (teacher.sd.tiny_vae, torch.float32),
     ):  # fmt: skip
         assert {p.dtype for p in module.parameters()} == {dtype}
@@ -320,8 +320,11 @@ def test_diffusers_reads_the_generator(sd, sd_run, tmp_path):
 def test_resume_is_exact(sd, sd_pairs, sd_run, tmp_path):
     for steps in (1, 2):
         train_to_the_end(train_options(sd, sd_pairs, tmp_path / "run", steps=steps))
-    for name in ("generator.safetensors", "samples_000002.png"):
-        assert (tmp_path / "run" / name).read_bytes() == (sd_run / name).read_bytes()
+    name = "samples_000002.png"
+    assert (tmp_path / "run" / name).read_bytes() == (sd_run / name).read_bytes()
+    one, two = (read_tensors(run / "generator.safetensors") for run in (sd_run, tmp_path / "run"))
+    assert one[1] == two[1] and one[0].keys() == two[0].keys()
+    assert all(torch.equal(value, two[0][name]) for name, value in one[0].items())
 
 
 def test_pairs_of_another_teacher(sd, sd_pairs, tmp_path):
@@ -331,11 +334,11 @@ def test_pairs_of_another_teacher(sd, sd_pairs, tmp_path):
         tmp_path / "other" / "unet" / "diffusion_pytorch_model.fp16.safetensors",
     )  # is not read: the first name wins
     options = train_options(tmp_path / "other", sd_pairs, tmp_path / "run")
-    prepare(train.Config(**options))  # the same files elsewhere: the same teacher
+    prepare(get_workload(**options))  # the same files elsewhere: the same teacher
     path = tmp_path / "other" / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + bytes(4))
     with pytest.raises(UserError, match="were made with another teacher than"):
-        prepare(train.Config(**options))
+        prepare(get_workload(**options))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -390,7 +393,8 @@ def refused(monkeypatch, capsys, module, options):
     words = [str(word) for word in command(f"{module.__name__}.py", options)]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as caught:
-        run_script(module.main, module.Config, module.__doc__)
+        make, flags = getattr(module, "Config", get_workload), getattr(module, "FLAGS", None)
+        run_script(module.main, make, module.__doc__, flags)
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
@@ -407,7 +411,6 @@ def refused(monkeypatch, capsys, module, options):
         ({"steps": 1}, "--steps of sd15 must be 2 to 999, not 1"),
         ({"dataset": "mnist", "guidance": 3}, "--guidance is for sd15"),
         ({"teacher": "nowhere"}, "nowhere does not exist; a Hub repository is written owner/name"),
-        ({"tiny_decoder": "nowhere"}, "nowhere does not exist"),
     ],
 )
 def test_bad_options_of_make_pairs(sd, tmp_path, monkeypatch, capsys, change, words):
@@ -460,7 +463,7 @@ def narrow_text_encoder(sd, folder):
 
 def test_a_prompt_for_a_generator_of_digits(tmp_path, monkeypatch, capsys):
     options = {"prompt": ["cat"], "out": tmp_path / "x.png"}
-    options["checkpoint"] = make_pairs.ASSETS / "mnist_generator.safetensors"
+    options["checkpoint"] = ASSETS / "mnist_generator.safetensors"
     line = refused(monkeypatch, capsys, sample, options)
     assert "--prompt is for sd15; this is a generator of mnist" in line
 
@@ -498,7 +501,7 @@ def test_without_network_and_cache_the_missing_file_is_named(sd, tmp_path, monke
 
 
 def test_long_prompts_are_cut_with_a_warning(sd):
-    teacher = load_teacher("sd15", str(sd), tiny_source=str(sd / "tiny_vae"))
+    teacher = load_teacher(get_workload("sd15", teacher=str(sd)))
     with pytest.warns(UserWarning, match=r"has 80 tokens, .* takes 75; cut off: 'dog dog dog dog"):
         text = teacher.encode(["cat " * 75 + "dog " * 5])
     assert torch.equal(text, teacher.encode(["cat " * 75]))

@@ -1,0 +1,143 @@
+"""How a network learns: schedule, parts and ranks, AdamW, clipping, fp16's loss scale, average."""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from plumbing.devices import Ranks
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: str = "none") -> float:
+    """Linear warm-up to the peak, then constant as in the paper ("none"), or half a "cosine" down
+    to zero at the end of `steps`."""
+    warm = min(1.0, (step + 1) / max(1, warmup))
+    if decay == "none":
+        return peak * warm
+    progress = max(0, step - warmup) / max(1, steps - warmup)
+    return peak * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average; a short memory at first, so that the start is forgotten."""
+    decay = min(decay, (step + 1) / (step + 10))
+    for mean, weight in zip(average.parameters(), network.parameters(), strict=True):
+        mean.lerp_(weight, 1 - decay)
+
+
+class Learner:
+    """One network's way through the steps of a run.
+
+        for part in learner.parts(parts):               # a step: one part, or several
+            learner.backward(loss(learner.model, part))
+        norm = learner.step(k)
+
+    Gradients are averaged: over the parts, and with the last part over the ranks
+    (DistributedDataParallel does that during its backward).
+
+    Args:
+        network: what is trained, on its device; stays in the mode that it is in.
+        peak, steps, warmup, decay: of learning_rate.
+        betas, weight_decay: of AdamW.
+        grad_clip: largest L2 norm of the gradient.
+        fp16: scale the loss, or small gradients would be zero in half precision.
+        shard: spread AdamW's state over the ranks.
+        ema: decay of the moving average of the weights; 0: none.
+
+    Attributes:
+        network: bare, for its weights. model: the same as one calls it.
+        average: the moving average, or the network itself.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        ranks: Ranks,
+        peak: float,
+        *,
+        steps: int,
+        warmup: int,
+        decay: str,
+        betas: tuple[float, float],
+        weight_decay: float,
+        grad_clip: float,
+        fp16: bool = False,
+        shard: bool = False,
+        ema: float = 0.0,
+    ):
+        self.network, self.grad_clip, self.ema = network, grad_clip, ema
+        self.learning_rate = partial(
+            learning_rate, steps=steps, peak=peak, warmup=warmup, decay=decay
+        )
+        self.count, self.rank, self.sharded = 1, ranks.rank, shard and ranks.count > 1
+        self.average = copy.deepcopy(network).requires_grad_(False) if ema else network
+        kind, options = torch.optim.AdamW, {"betas": betas, "weight_decay": weight_decay}
+        options["fused"] = True
+        if self.sharded:
+            # ZeRO-1: G and mu_fake fit on a GPU whole, what doubles their memory is AdamW's state.
+            # Unlike FSDP it leaves the networks, and so their checkpoints, as they are.
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
+
+            kind, options = ZeroRedundancyOptimizer, {"optimizer_class": kind, **options}
+        self.optimizer = kind(network.parameters(), **options)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
+        self.model = network
+        if ranks.count > 1:
+            self.model = DistributedDataParallel(
+                network, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+            for name, table in network.named_buffers(recurse=False):
+                setattr(self.model, name, table)  # a denoiser's noise table is seen through it
+
+    def parts(self, parts: Sequence) -> Iterator:
+        """The parts of a step one after the other, each of which counts equally."""
+        self.count = len(parts)
+        for i, part in enumerate(parts):
+            self.model.require_backward_grad_sync = i + 1 == len(parts)
+            yield part
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a part's gradient to those of the step's other parts."""
+        self.scaler.scale(loss / self.count).backward()
+
+    def step(self, step: int) -> Tensor:
+        """Clip, and do step k. Returns the gradient's norm before clipping.
+
+        With fp16 it may be infinite: then this step is left out and the loss's scale lowered. (In
+        another precision it ends the run, see rundir.Log.)
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            update_average(self.average, self.network, self.ema, step)
+        return norm
+
+    def state_dict(self) -> dict:
+        """Network, optimiser and scale, the same for any number of ranks. All ranks must call."""
+        optimizer = {}
+        if self.sharded:
+            self.optimizer.consolidate_state_dict(to=0)
+        if self.rank == 0:
+            optimizer = self.optimizer.state_dict()
+        states = {"network": self.network.state_dict(), "optimizer": optimizer}
+        return states | {"scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what state_dict gave."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.sharded:  # it puts "step" on the CPU (PyTorch issue 124133), and all there is twice
+            self.optimizer.state.clear()
+            for parameter, values in self.optimizer.optim.state.items():
+                values["step"] = values["step"].to(parameter.device)
+        self.scaler.load_state_dict(state["scaler"])
