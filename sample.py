@@ -17,12 +17,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from dmd_loss import OneStepGenerator
 from plumbing.devices import AMP, autocast, pick_amp, pick_device
 from plumbing.files import save_grid
 from plumbing.options import Options, UserError, option, run_script
@@ -71,20 +72,15 @@ class Config(Options):
             if getattr(self, name) is not None and not self.teacher:
                 raise UserError(f"--{name} is the teacher's; add --teacher, or leave it away")
         out = Path(self.out)
-        if out.suffix.lower() == ".png":
-            if out.is_dir():
-                raise UserError(f"{out} is a folder; choose another --out")
-        elif out.suffix or out.is_file():
-            raise UserError(f"--out must be a .png or a folder, not {out}")
+        if out.is_dir() if out.suffix.lower() == ".png" else out.suffix or out.is_file():
+            raise UserError(f"--out must be a .png or a folder, and {out} is neither")
 
 
 def parse_numbers(text: str, name: str) -> list[int]:
     """ "0-3,7" -> [0, 1, 2, 3, 7]."""
-    numbers: list[int] = []
+    ranges = [part.partition("-") for part in text.split(",")]
     try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            numbers += range(int(first), int(last or first) + 1)
+        numbers = [n for a, _, b in ranges for n in range(int(a), int(b or a) + 1)]
     except ValueError:
         numbers = []
     if not numbers:
@@ -92,55 +88,25 @@ def parse_numbers(text: str, name: str) -> list[int]:
     return numbers
 
 
-def choose_seeds(config: Config, latent: bool) -> list[int]:
-    """The seed of each image."""
-    seeds = parse_numbers(config.seeds or ("0-3" if latent else "0-99"), "seeds")
-    if not Path(config.out).suffix and len(set(seeds)) < len(seeds):
-        raise UserError("--seeds names a seed twice, but in a folder each seed is one file")
-    return seeds
-
-
 def choose_condition(config: Config, workload: Workload, count: int) -> Tensor | list[str] | None:
     """What each image shall show: labels (count,), prompts, or None; they go round."""
-    dataset, prompts, classes = workload.dataset, config.prompt, workload.num_classes
+    classes, prompts = workload.num_classes, config.prompt
+    if prompts and not workload.latent:
+        raise UserError(f"--prompt is for sd15; this is a generator of {workload.dataset}")
+    if config.labels is not None and not classes:
+        raise UserError(f"a generator of {workload.dataset} has no --labels; leave them away")
     if workload.latent:
-        if config.labels is not None:
-            raise UserError(f"a generator of {dataset} has no --labels; it has --prompt")
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise UserError('this generator draws what it is told: give --prompt "a red bicycle"')
         if len(prompts) > count:
             raise UserError(f"{len(prompts)} prompts need as many --seeds, not {count}")
         return [prompts[i % len(prompts)] for i in range(count)]
-    if prompts:
-        raise UserError(f"--prompt is for sd15; this is a generator of {dataset}")
-    if classes == 0:
-        if config.labels is not None:
-            raise UserError("this generator is unconditional; leave --labels away")
+    if not classes:
         return None
     cycle = parse_numbers(config.labels or f"0-{classes - 1}", "labels")
-    outside = [label for label in cycle if not 0 <= label < classes]
-    if outside:
-        raise UserError(f"label {outside[0]} is out of range; the classes are 0-{classes - 1}")
+    if not 0 <= min(cycle) <= max(cycle) < classes:
+        raise UserError(f"--labels {config.labels}: out of range; the classes are 0-{classes - 1}")
     return torch.tensor([cycle[i % len(cycle)] for i in range(count)])
-
-
-def load_rest(config: Config, workload: Workload, G: OneStepGenerator) -> Teacher | None:
-    """What G needs beside itself: nothing, or of Stable Diffusion the text encoder and a decoder;
-    with --teacher, the teacher."""
-    if not (workload.latent or config.teacher):
-        return None
-    teacher = load_teacher(
-        workload, parts=("unet", "text_encoder") if config.teacher else ("text_encoder",)
-    )
-    if workload.latent:
-        needed = G.mu.net.config["cross_attention_dim"]
-        width = teacher.sd.text_encoder.config["hidden_size"]
-        if needed != width:
-            raise UserError(
-                f"the generator attends to text states of width {needed}, the text encoder gives "
-                f"{width}; choose the right --teacher-weights"
-            )
-    return teacher
 
 
 def draw_all(
@@ -183,6 +149,21 @@ def draw_all(
     return torch.cat(images), statistics.median(times)
 
 
+def load_rest(config: Config, workload: Workload, text_width: int) -> Teacher | None:
+    """What G needs beside itself: nothing, or of Stable Diffusion the text encoder and a decoder;
+    with --teacher, the teacher."""
+    if not (workload.latent or config.teacher):
+        return None
+    parts = ("unet", "text_encoder") if config.teacher else ("text_encoder",)
+    teacher = load_teacher(workload, parts)
+    if workload.latent and text_width != (width := teacher.sd.text_encoder.config["hidden_size"]):
+        raise UserError(
+            f"the generator attends to text states of width {text_width}, the text encoder gives "
+            f"{width}; choose the right --teacher-weights"
+        )
+    return teacher
+
+
 @torch.inference_mode()
 def main(config: Config) -> None:
     """Sample, and write the pictures."""
@@ -192,32 +173,32 @@ def main(config: Config) -> None:
     given |= {"solver_steps": config.steps, "decoder": config.decoder}
     given = {name: value for name, value in given.items() if value is not None}
     workload = get_workload(metadata["dataset"], **given)
-    latent = workload.latent
+    latent, shape = workload.latent, workload.image_shape
     amp = "off" if config.amp == "auto" and not latent else pick_amp(config.amp, device)
 
     # Image i: noise from seed i, label or prompt i of the cycle.
-    seeds = choose_seeds(config, latent)
+    seeds = parse_numbers(config.seeds or ("0-3" if latent else "0-99"), "seeds")
+    if not Path(config.out).suffix and len(set(seeds)) < len(seeds):
+        raise UserError("--seeds names a seed twice, but in a folder each seed is one file")
     cond = choose_condition(config, workload, len(seeds))
-    shape = latent_shape(G.mu.net.config) if latent else workload.image_shape
-    z = sample_noise(SEED, seeds, shape).to(device, memory_format=torch.channels_last)
-    cond = cond.to(device) if isinstance(cond, Tensor) else cond
 
-    teacher = load_rest(config, workload, G)
+    net = G.mu.net
+    teacher = load_rest(config, workload, net.config["cross_attention_dim"] if latent else 0)
     if config.teacher and config.teacher_weights is None:
         check_teaches(teacher, metadata, path)
+    z = sample_noise(SEED, seeds, latent_shape(net.config) if latent else shape)
+    z = z.to(device, memory_format=torch.channels_last)
+    cond = cond.to(device) if isinstance(cond, Tensor) else cond
     G = G.to(device, memory_format=torch.channels_last)
     teacher = teacher and teacher.to(device, amp)
     how = (z, cond, teacher, amp, config.batch_size or (4 if latent else 100))
-    if not config.teacher:
-        (x, _), y = draw_all(G, *how), None
-    else:
+    y = None
+    if config.teacher:
         steps = workload.solver_steps
-
-        def solve(z, cond, steps=steps):
-            return teacher.solve(z, cond, steps)
-
-        y, ms_teacher = draw_all(solve, *how, warm_up=lambda z, c: solve(z, c, min(steps, 2)))
-        x, ms_student = draw_all(G, *how, warm_up=G)
+        two = partial(teacher.solve, steps=min(steps, 2))
+        y, ms_teacher = draw_all(partial(teacher.solve, steps=steps), *how, warm_up=two)
+    x, ms_student = draw_all(G, *how, warm_up=G if config.teacher else None)
+    if config.teacher:
         print(
             f"teacher, {teacher.evaluations(steps)} evaluations: {ms_teacher:.2f} ms per image; "
             f"student, 1 evaluation: {ms_student:.2f} ms per image; "
@@ -234,18 +215,16 @@ def main(config: Config) -> None:
 def write_pictures(out: Path, x: Tensor, y: Tensor | None, seeds: list[int], columns: int) -> str:
     """One grid (teacher rows above student rows), or one PNG per image, named by its seed -> what
     was written, for the last line."""
-    scale, columns = max(1, 64 // x.shape[-1]), min(columns, len(x))
+    scale = max(1, 64 // x.shape[-1])
+    bands = [x] if y is None else [y, x]
     if not out.suffix:
-        for i, seed in enumerate(seeds):
-            pair = x[i : i + 1] if y is None else torch.stack([y[i], x[i]])
-            save_grid(out / f"{seed:06d}.png", pair, columns=1, scale=scale, gap=0)
-        return f"{out}/"  # one SEED.png each
-    bands = []
-    for start in range(0, len(x), columns):
-        rows = [image[start : start + columns] for image in (y, x) if image is not None]
-        blank = x.new_ones(columns - len(rows[0]), *x.shape[1:])  # fills up the last row
-        bands += [torch.cat([row, blank]) for row in rows]
-    save_grid(out, torch.cat(bands), columns, scale)
+        for seed, *pair in zip(seeds, *bands, strict=True):
+            save_grid(out / f"{seed:06d}.png", torch.stack(pair), columns=1, scale=scale, gap=0)
+        return f"{out}/"
+    columns = min(columns, len(x))
+    bands = [F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(x) % columns), value=1) for images in bands]
+    rows = [images.unflatten(0, (-1, columns)) for images in bands]  # (rows, columns, C, H, W)
+    save_grid(out, torch.stack(rows, dim=1).flatten(0, 2), columns, scale)
     return str(out)
 
 

@@ -1,5 +1,6 @@
 """What several test files share: a tiny set of pairs and a way to run a script."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 import make_pairs
-from workloads import Workload, get_workload
+from edm_unet import EDMPrecond
+from plumbing import rundir
+from plumbing.files import write_tensors
+from workloads import WORKLOADS, Workload, get_workload
 
 ROOT = Path(__file__).parent.parent
 # One thread, so that two processes on one machine round alike.
@@ -40,6 +44,12 @@ def pairs_config(**flags) -> Workload:
     return get_workload(**fields | {"pairs": str(fields["pairs"])})
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Matplotlib takes longer than a few steps do; what subprocesses and fixtures run draws."""
+    monkeypatch.setattr(rundir, "draw_curves", lambda path, rows: None)
+
+
 @pytest.fixture
 def one_thread():
     """What runs in this process rounds as a process with ONE_THREAD does."""
@@ -55,3 +65,28 @@ def pairs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "mnist"
     make_pairs.main(pairs_config(num_pairs=20, steps=6, shard_size=8, out=folder, device="cpu"))
     return folder
+
+
+def small_network() -> EDMPrecond:
+    """17,000 random weights for MNIST's images; their output is not almost 0 as at the start."""
+    torch.manual_seed(0)
+    net = EDMPrecond(
+        **WORKLOADS["mnist"].network
+        | {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
+    ).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return net
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> dict[str, str]:
+    """Options of train.py: a small teacher and 20 of its pairs, for what must be quick."""
+    folder, net = tmp_path_factory.mktemp("small"), small_network()
+    options = {"teacher": str(folder / "teacher.safetensors"), "pairs": str(folder / "pairs")}
+    about = {"kwargs": json.dumps(net.kwargs), "dataset": "mnist"}
+    write_tensors(Path(options["teacher"]), net.state_dict(), about)
+    how = {"num_pairs": 20, "steps": 3, "shard_size": 8, "device": "cpu"}
+    make_pairs.main(pairs_config(**how, out=options["pairs"], teacher=options["teacher"]))
+    return options

@@ -49,7 +49,9 @@ def keep_signal_handlers():
 
 
 def tiny_config(pairs, out, **options):
-    return get_workload(pairs=str(pairs), out=str(out), **{**TINY, "warmup": 2, **options})
+    """A short run with the embedded teacher and its pairs, or with conftest's `small` ones."""
+    where = pairs if isinstance(pairs, dict) else {"pairs": str(pairs)}
+    return get_workload(out=str(out), **where, **{**TINY, "warmup": 2, **options})
 
 
 def files(folder):
@@ -220,13 +222,13 @@ def test_schedules(finished_run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"ema": 0.9}, {"amp": "fp16"}], ids=str)
-def test_resume_is_exact(pairs, tmp_path, options):
+def test_resume_is_exact(small, tmp_path, options):
     """Straight on = half, resume, half, bit for bit: networks, optimisers, fp16's loss scale."""
-    half, size = (1, 2) if "amp" in options else (2, 4)  # fp16 is slow on a CPU
-    options = {**CONSTANT, "save_every": half, "batch_size": size, **options}
-    train.main(tiny_config(pairs, tmp_path / "straight", steps=2 * half, **options))
-    train.main(tiny_config(pairs, tmp_path / "resumed", steps=half, **options))
-    train.main(tiny_config(pairs, tmp_path / "resumed", steps=2 * half, **options))
+    half = 2
+    options = {**CONSTANT, "save_every": half, **options}
+    train.main(tiny_config(small, tmp_path / "straight", steps=2 * half, **options))
+    train.main(tiny_config(small, tmp_path / "resumed", steps=half, **options))
+    train.main(tiny_config(small, tmp_path / "resumed", steps=2 * half, **options))
     same_run(tmp_path / "straight", tmp_path / "resumed")
     assert len(scalars(tmp_path / "resumed")) == 2 * half
     state = torch.load(tmp_path / "resumed/checkpoint.pt", weights_only=True)
@@ -252,22 +254,22 @@ def start(script, options, until):
 
 
 @pytest.fixture(scope="module")
-def straight(pairs, tmp_path_factory):
+def straight(small, tmp_path_factory):
     """The folder of a run that nobody interrupts."""
     out = tmp_path_factory.mktemp("straight") / "run"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train.main(tiny_config(pairs, out, **SAME))
+    train.main(tiny_config(small, out, **SAME))
     torch.set_num_threads(threads)
     return out
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_exactly(pairs, tmp_path, straight, one_thread):
+def test_an_interrupted_run_goes_on_exactly(small, tmp_path, straight, one_thread):
     """A cluster's pre-emption: the step is finished and saved, and the same options go on as if
     nothing had been. (Ctrl-C takes the same way.)"""
     out = tmp_path / "run"
-    options = {**LONGER, "pairs": pairs, "out": out}
+    options = {**LONGER, **small, "out": out}
     process = start("train.py", options, until=out / "checkpoint.pt")
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate()
@@ -276,7 +278,7 @@ def test_an_interrupted_run_goes_on_exactly(pairs, tmp_path, straight, one_threa
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert 2 <= done == state["step"] < 6
 
-    train.main(tiny_config(pairs, out, **SAME))
+    train.main(tiny_config(small, out, **SAME))
     same_run(straight, out)
     assert (straight / "config.json").read_text() == (out / "config.json").read_text()
 
@@ -292,23 +294,24 @@ def test_ctrl_c_ends_with_its_own_code(capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_exactly(pairs, tmp_path, straight, one_thread):
+def test_a_killed_run_goes_on_exactly(small, tmp_path, straight, one_thread):
     """kill -9 at a random moment, in the middle of a step or of a write."""
     out = tmp_path / "run"
-    options = {**LONGER, "pairs": pairs, "out": out}
+    options = {**LONGER, **small, "out": out}
     process = start("train.py", options, until=out / "checkpoint.pt")
     delay = random.Random().uniform(0, 0.6)
     time.sleep(delay)
     process.kill()
     assert process.wait() == -signal.SIGKILL, f"it had ended after {delay} s"
-    train.main(tiny_config(pairs, out, **SAME))
+    train.main(tiny_config(small, out, **SAME))
     same_run(straight, out)
 
 
 @pytest.mark.slow
-def test_killed_pairs_go_on_exactly(tmp_path, one_thread):
+def test_killed_pairs_go_on_exactly(small, tmp_path, one_thread):
     """kill -9 after the first shard: the same files in the end, and nothing half-written."""
-    options = {"num_pairs": 24, "steps": 12, "shard_size": 4, "device": "cpu"}
+    options = {"num_pairs": 60, "steps": 12, "shard_size": 4, "device": "cpu"}
+    options["teacher"] = small["teacher"]
     make_pairs.main(pairs_config(**options, out=str(tmp_path / "straight")))
     killed = tmp_path / "killed"
     until = killed / "shard_00000.safetensors"
@@ -323,13 +326,13 @@ def test_killed_pairs_go_on_exactly(tmp_path, one_thread):
 
 
 @pytest.mark.slow
-def test_keep_leaves_the_newest_checkpoints(pairs, tmp_path):
+def test_keep_leaves_the_newest_checkpoints(small, tmp_path):
     """--keep 2: checkpoint.pt and the newest two under the names of their steps, which stay as they
     were when the run goes on."""
     out, options = tmp_path / "run", {**CONSTANT, "save_every": 1, "keep": 2}
-    train.main(tiny_config(pairs, out, steps=2, **options))
+    train.main(tiny_config(small, out, steps=2, **options))
     before = files(out)
-    train.main(tiny_config(pairs, out, steps=3, **options))
+    train.main(tiny_config(small, out, steps=3, **options))
     after = files(out)
     for stem, suffix in (("checkpoint", "pt"), ("generator", "safetensors")):
         kept = {name for name in after if name.startswith(stem)}
@@ -340,17 +343,17 @@ def test_keep_leaves_the_newest_checkpoints(pairs, tmp_path):
 
 
 @pytest.mark.slow
-def test_going_back_to_an_older_checkpoint(pairs, tmp_path):
+def test_going_back_to_an_older_checkpoint(small, tmp_path):
     """Its copy over checkpoint.pt is all it takes; the steps after it are done again."""
     out, options = tmp_path / "run", {**CONSTANT, "save_every": 1, "keep": 3}
-    train.main(tiny_config(pairs, out, steps=3, **options))
+    train.main(tiny_config(small, out, steps=3, **options))
     whole = shutil.copytree(out, tmp_path / "whole")
     shutil.copyfile(out / "checkpoint_000002.pt", out / "checkpoint.pt")
     steps = []
     original = train.training_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "training_step", lambda r, k: (steps.append(k), original(r, k))[1])
-        train.main(tiny_config(pairs, out, steps=3, **options))
+        train.main(tiny_config(small, out, steps=3, **options))
     assert steps == [2]  # the third
     same_run(whole, out)
     for k in (1, 2, 3):
@@ -385,10 +388,10 @@ def test_without_regression_line_4_keeps_its_samples():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_computes_the_same(pairs, tmp_path, amp):
+def test_half_precision_computes_the_same(small, tmp_path, amp):
     """The first steps' losses, to 1 %. (loss_kl starts as 0, where rounding is all there is.)"""
     for name in ("off", amp):
-        train.main(tiny_config(pairs, tmp_path / name, steps=2, amp=name))
+        train.main(tiny_config(small, tmp_path / name, steps=2, amp=name))
     one, two = (torch.tensor([[float(x) for x in row] for row in scalars(tmp_path / name)])
                 for name in ("off", amp))  # fmt: skip
     assert not torch.equal(one, two)
@@ -452,11 +455,11 @@ def test_what_is_not_finite_stops_the_run(value):
                 log.check(0, row)
 
 
-def test_an_infinite_gradient_stops_the_run(pairs, tmp_path, monkeypatch):
+def test_an_infinite_gradient_stops_the_run(small, tmp_path, monkeypatch):
     """The loss is 0, its gradient is not: nothing is saved of what the step made of the weights."""
     monkeypatch.setattr(train, "l2_distance", lambda x, y: 1e37 * (x - x.detach()))
     with pytest.raises(UserError, match=r"grad_norm_G is (nan|inf) at step 1"):
-        train.main(tiny_config(pairs, tmp_path / "run", steps=1))
+        train.main(tiny_config(small, tmp_path / "run", steps=1))
     assert set(files(tmp_path / "run")) == {"config.json"}
 
 
@@ -464,10 +467,10 @@ def test_an_infinite_gradient_stops_the_run(pairs, tmp_path, monkeypatch):
 # The losses that take part
 
 
-def test_lpips_trains(pairs, tmp_path, monkeypatch):
+def test_lpips_trains(small, tmp_path, monkeypatch):
     """A step with the real LPIPS on a random VGG; it is no distance of its own weights' making."""
     monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
-    config = tiny_config(pairs, tmp_path / "run", steps=1, distance="lpips")
+    config = tiny_config(small, tmp_path / "run", steps=1, distance="lpips")
     distance = train.choose_distance(config, torch.device("cpu"))
     x, y = torch.randn(2, 1, 28, 28, requires_grad=True), torch.randn(2, 1, 28, 28)
     torch.testing.assert_close(distance(y, y), torch.zeros(2, 1, 1, 1))
@@ -499,7 +502,7 @@ def test_lpips_without_its_weights(pairs, tmp_path, monkeypatch):
         ("lambda_reg", ["regression_loss"]),
     ],
 )
-def test_table_2s_ablations(pairs, tmp_path, monkeypatch, weight, losses):
+def test_table_2s_ablations(small, tmp_path, monkeypatch, weight, losses):
     """A loss of weight 0 has no say, and costs nothing: it is not computed, nor are its samples."""
 
     def never(*_, **__):
@@ -515,7 +518,7 @@ def test_table_2s_ablations(pairs, tmp_path, monkeypatch, weight, losses):
     for name in losses:
         monkeypatch.setattr(train, name, never)
     monkeypatch.setattr(train, "draw_batch", spy)
-    train.main(tiny_config(pairs, tmp_path / "run", steps=2, **{weight: 0.0}))
+    train.main(tiny_config(small, tmp_path / "run", steps=2, **{weight: 0.0}))
     counts = {(len(batch.z), len(batch.z_ref)) for batch in batches}
     assert counts == {(0, 4) if weight == "lambda_dm" else (4, 0)}
     changed = [SCALARS[i] for i in range(5) if float(scalars(tmp_path / "run")[1][i])]
@@ -527,7 +530,7 @@ def test_table_2s_ablations(pairs, tmp_path, monkeypatch, weight, losses):
 
 
 @pytest.mark.parametrize("weight", ["lambda_dm", "lambda_reg"])
-def test_both_losses_count(pairs, tmp_path, monkeypatch, weight):
+def test_both_losses_count(small, tmp_path, monkeypatch, weight):
     """The counterpart: with their weights, either one changes the generator."""
     name = {"lambda_dm": "distribution_matching_loss", "lambda_reg": "regression_loss"}[weight]
     original = getattr(train, name)
@@ -537,7 +540,7 @@ def test_both_losses_count(pairs, tmp_path, monkeypatch, weight):
         return (3 * result[0], result[1]) if isinstance(result, tuple) else 3 * result
 
     def generator(out):
-        train.main(tiny_config(pairs, tmp_path / out, steps=2))
+        train.main(tiny_config(small, tmp_path / out, steps=2))
         tensors, _ = read_tensors(tmp_path / out / "generator.safetensors")
         return torch.cat([value.flatten() for value in tensors.values()])
 
@@ -546,7 +549,7 @@ def test_both_losses_count(pairs, tmp_path, monkeypatch, weight):
     assert not torch.equal(generator("tripled"), first)
 
 
-def test_lpips_is_not_loaded_in_vain(pairs, tmp_path, monkeypatch):
+def test_lpips_is_not_loaded_in_vain(small, tmp_path, monkeypatch):
     """Without the regression its half gigabyte of VGG is neither downloaded nor kept in memory."""
 
     def never(**_):
@@ -554,12 +557,12 @@ def test_lpips_is_not_loaded_in_vain(pairs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(lpips, "LPIPS", never)
     options = {"steps": 1, "distance": "lpips", "lambda_reg": 0.0}
-    train.main(tiny_config(pairs, tmp_path / "run", **options))
+    train.main(tiny_config(small, tmp_path / "run", **options))
 
 
 @pytest.mark.parametrize("weighting", ["alg2", "dreamfusion", "prolificdreamer"])
-def test_every_weighting_trains(pairs, tmp_path, weighting):
-    train.main(tiny_config(pairs, tmp_path / "run", steps=1, weighting=weighting))
+def test_every_weighting_trains(small, tmp_path, weighting):
+    train.main(tiny_config(small, tmp_path / "run", steps=1, weighting=weighting))
     assert json.loads((tmp_path / "run/config.json").read_text())["weighting"] == weighting
 
 
@@ -575,22 +578,22 @@ def test_a_folder_with_another_run_is_left_alone(finished_run, pairs, tmp_path):
         assert (tmp_path / mine).read_text() == "{}"
 
 
-def test_a_foreign_config_is_left_alone(pairs, tmp_path):
+def test_a_foreign_config_is_left_alone(small, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     before = files(tmp_path)
     with pytest.raises(UserError, match="holds other files"):
-        train.main(tiny_config(pairs, tmp_path, steps=1))
+        train.main(tiny_config(small, tmp_path, steps=1))
     assert files(tmp_path) == before
 
 
-def test_nan_stops_the_run_and_keeps_the_checkpoint(pairs, tmp_path, monkeypatch):
+def test_nan_stops_the_run_and_keeps_the_checkpoint(small, tmp_path, monkeypatch):
     out = tmp_path / "run"
     options = {**CONSTANT, "save_every": 1}
-    train.main(tiny_config(pairs, out, steps=1, **options))
+    train.main(tiny_config(small, out, steps=1, **options))
     before = files(out)
     monkeypatch.setattr(train, "l2_distance", lambda x, y: (x - y) * float("nan"))
     with pytest.raises(UserError, match="loss_reg is nan at step 2"):
-        train.main(tiny_config(pairs, out, steps=2, **options))
+        train.main(tiny_config(small, out, steps=2, **options))
     after = files(out)
     assert after["checkpoint.pt"] == before["checkpoint.pt"]
     assert after["generator.safetensors"] == before["generator.safetensors"]
@@ -605,7 +608,7 @@ def test_damaged_checkpoint(finished_run, pairs, tmp_path):
             train.main(tiny_config(pairs, out, steps=2))
 
 
-def test_a_run_that_never_saved_starts_anew(pairs, tmp_path, monkeypatch):
+def test_a_run_that_never_saved_starts_anew(small, tmp_path, monkeypatch):
     """A full disk at the first save (as torch.save tells it): one line. What was written before
     the checkpoint belongs to those settings; of a run that left nothing others may take over."""
 
@@ -615,19 +618,19 @@ def test_a_run_that_never_saved_starts_anew(pairs, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(UserError, match=r"cannot write .*checkpoint.pt: .*enforce fail"):
-            train.main(tiny_config(pairs, tmp_path / "run", steps=1))
+            train.main(tiny_config(small, tmp_path / "run", steps=1))
     assert not (tmp_path / "run/checkpoint.pt").exists()
     before = files(tmp_path / "run")
     with pytest.raises(UserError, match="holds other files, and no checkpoint"):
-        train.main(tiny_config(pairs, tmp_path / "run", steps=1, lambda_reg=0.3))
+        train.main(tiny_config(small, tmp_path / "run", steps=1, lambda_reg=0.3))
     assert files(tmp_path / "run") == before
-    train.main(tiny_config(pairs, tmp_path / "run", steps=1))
+    train.main(tiny_config(small, tmp_path / "run", steps=1))
     assert (tmp_path / "run/checkpoint.pt").exists()
 
     for path in (tmp_path / "run").iterdir():
         if path.name != "config.json":
             path.unlink()
-    train.main(tiny_config(pairs, tmp_path / "run", steps=1, lambda_reg=0.3))
+    train.main(tiny_config(small, tmp_path / "run", steps=1, lambda_reg=0.3))
     assert json.loads((tmp_path / "run/config.json").read_text())["lambda_reg"] == 0.3
 
 
@@ -648,9 +651,9 @@ def test_other_pairs_are_another_run(finished_run, pairs, tmp_path):
      ({"max_dm_step": 20}, "--max-dm-step"), ({"max_dm_step": 1001}, "--max-dm-step"),
      ({"lambda_dm": 0.0, "lambda_reg": 0.0}, "nothing to learn")],
 )  # fmt: skip
-def test_options_out_of_range(pairs, tmp_path, option, message):
+def test_options_out_of_range(small, tmp_path, option, message):
     with pytest.raises(UserError, match=message):
-        train.main(tiny_config(pairs, tmp_path / "run", **option))
+        train.main(tiny_config(small, tmp_path / "run", **option))
     assert not (tmp_path / "run").exists()
 
 
@@ -781,7 +784,7 @@ def test_evaluate_by_command(finished_run, tmp_path):
         ),
         (["make_pairs.py", "--device", "cuda"], ["'cuda'", "--device cpu"]),
         (["train.py", "--pairs", "nowhere"], ["no pairs in nowhere", "make_pairs.py"]),
-        (["sample.py", "--labels", "10"], ["label 10 is out of range", "0-9"]),
+        (["sample.py", "--labels", "10"], ["--labels 10: out of range", "0-9"]),
         (["sample.py", "--seeds", "one"], ["--seeds", "0-9"]),
         (["sample.py", "--steps", "9"], ["--steps is the teacher's", "--teacher"]),
         (["evaluate.py", "--rows", "pupil"], ["'pupil'", "student"]),

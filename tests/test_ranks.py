@@ -54,14 +54,14 @@ def on_two_ranks(script, options):
     return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=120)
 
 
-def train_on_two_ranks(pairs, out, **options):
-    result = on_two_ranks("train.py", {**OPTIONS, "pairs": pairs, "out": out, **options})
+def train_on_two_ranks(small, out, **options):
+    result = on_two_ranks("train.py", {**OPTIONS, **small, "out": out, **options})
     assert result.returncode == 0, result.stderr
     return Path(out)
 
 
-def train_alone(pairs, out, **options):
-    train.main(get_workload(**{**OPTIONS, "pairs": str(pairs), "out": str(out), **options}))
+def train_alone(small, out, **options):
+    train.main(get_workload(**{**OPTIONS, **small, "out": str(out), **options}))
     return Path(out)
 
 
@@ -95,15 +95,15 @@ def agree(first, second, teacher):
 
 
 @pytest.fixture(scope="module")
-def teacher(pairs, tmp_path_factory):
+def teacher(small, tmp_path_factory):
     """Where G and mu_fake start: a run with learning rate 0."""
-    return train_alone(pairs, tmp_path_factory.mktemp("r") / "run", learning_rate=0.0, steps=1)
+    return train_alone(small, tmp_path_factory.mktemp("r") / "run", learning_rate=0.0, steps=1)
 
 
 @pytest.fixture(scope="module")
-def straight(pairs, tmp_path_factory):
+def straight(small, tmp_path_factory):
     """One process, without interruption."""
-    return train_alone(pairs, tmp_path_factory.mktemp("straight") / "run")
+    return train_alone(small, tmp_path_factory.mktemp("straight") / "run")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,35 +111,35 @@ def straight(pairs, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_tolerances_tell_the_difference(pairs, straight, teacher, tmp_path, monkeypatch):
+def test_the_tolerances_tell_the_difference(small, straight, teacher, tmp_path, monkeypatch):
     """What the other tests would find if gradients were not averaged (rank 0 with its own rows
     alone), or if a rank drew other rows."""
     original = train.split_batch
     half = Ranks(0, 2, ALONE.device)
     with monkeypatch.context() as patch:
         patch.setattr(train, "split_batch", lambda config, _: original(config, half))
-        alone = difference(straight, train_alone(pairs, tmp_path / "alone"), teacher)
+        alone = difference(straight, train_alone(small, tmp_path / "alone"), teacher)
     with monkeypatch.context() as patch:
         patch.setattr(
             train, "split_batch",
             lambda config, ranks: [(range(2, 6), rows) for _, rows in original(config, ranks)],
         )  # fmt: skip
-        shifted = difference(straight, train_alone(pairs, tmp_path / "shifted"), teacher)
+        shifted = difference(straight, train_alone(small, tmp_path / "shifted"), teacher)
     for found in (alone, shifted):
         assert min(found[:2]) > 10 * WEIGHTS and found[2] > 10 * SCALARS, found
 
 
 @pytest.mark.slow
-def test_two_ranks_train_what_one_does(pairs, straight, teacher, tmp_path):
+def test_two_ranks_train_what_one_does(small, straight, teacher, tmp_path):
     """The same global batch, split over the ranks."""
-    agree(straight, train_on_two_ranks(pairs, tmp_path / "run"), teacher)
+    agree(straight, train_on_two_ranks(small, tmp_path / "run"), teacher)
 
 
 @pytest.mark.slow
-def test_sharded_optimizer(pairs, straight, teacher, tmp_path):
+def test_sharded_optimizer(small, straight, teacher, tmp_path):
     """ZeRO computes the same, and leaves a checkpoint that one process can go on from."""
-    out = train_on_two_ranks(pairs, tmp_path / "run", shard_optimizer=True, steps=2)
-    train_alone(pairs, out)
+    out = train_on_two_ranks(small, tmp_path / "run", shard_optimizer=True, steps=2)
+    train_alone(small, out)
     agree(straight, out, teacher)
     states = [
         torch.load(run / "checkpoint.pt", weights_only=True)["G"]["optimizer"]
@@ -151,15 +151,15 @@ def test_sharded_optimizer(pairs, straight, teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_go_on_from_one(pairs, straight, teacher, tmp_path):
+def test_two_ranks_go_on_from_one(small, straight, teacher, tmp_path):
     """Processes, micro-batches and the sharding of AdamW's state may change at any checkpoint."""
-    out = train_alone(pairs, tmp_path / "run", steps=1)
+    out = train_alone(small, tmp_path / "run", steps=1)
     options = {"accumulate": 2, "shard_optimizer": True}
-    agree(straight, train_on_two_ranks(pairs, out, **options), teacher)
+    agree(straight, train_on_two_ranks(small, out, **options), teacher)
 
 
 @pytest.mark.slow
-def test_accumulation_is_one_step(pairs, straight, teacher, tmp_path, monkeypatch):
+def test_accumulation_is_one_step(small, straight, teacher, tmp_path, monkeypatch):
     """Each micro-batch has its share of the rows, and there is one update of either network."""
     rows, original = [], train.draw_batch
 
@@ -168,7 +168,7 @@ def test_accumulation_is_one_step(pairs, straight, teacher, tmp_path, monkeypatc
         return original(run, step, unpaired, paired)
 
     monkeypatch.setattr(train, "draw_batch", spy)
-    agree(straight, train_alone(pairs, tmp_path / "run", accumulate=4), teacher)
+    agree(straight, train_alone(small, tmp_path / "run", accumulate=4), teacher)
     assert len(rows) == 4 * STEPS and {len(part) for part in rows} == {1 + 2}
     for step in range(STEPS):
         assert sorted(row for part in rows if part[0] == step for row in part[1:]) == list(range(8))
@@ -192,12 +192,12 @@ def test_batches_that_cannot_be_split(count, options, message):
 
 
 @pytest.mark.slow
-def test_a_failure_of_one_rank_ends_all(pairs, tmp_path):
+def test_a_failure_of_one_rank_ends_all(small, tmp_path):
     """Rank 0 finds something wrong while the other waits for it: one line says what, and nobody
     waits for those who are gone."""
     (tmp_path / "thesis.txt").write_text("mine")
     start = time.monotonic()
-    result = on_two_ranks("train.py", {**OPTIONS, "pairs": pairs, "out": tmp_path})
+    result = on_two_ranks("train.py", {**OPTIONS, **small, "out": tmp_path})
     assert result.returncode != 0 and time.monotonic() - start < 60
     assert f"error: {tmp_path} holds other files; choose another --out" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

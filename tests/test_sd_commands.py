@@ -428,7 +428,7 @@ def test_bad_options_of_make_pairs(sd, tmp_path, monkeypatch, capsys, change, wo
         ({}, "give --prompt"),
         ({"prompt": [" "]}, "give --prompt"),
         ({"prompt": list("abcd")}, "4 prompts need as many --seeds, not 3"),
-        ({"prompt": ["cat"], "labels": "3"}, "no --labels; it has --prompt"),
+        ({"prompt": ["cat"], "labels": "3"}, "no --labels; leave them away"),
         ({"prompt": ["cat"], "teacher": True, "steps": 1}, "2 to 999"),
         ({"prompt": ["cat"], "guidance": 0}, "--guidance must be above 0"),
         ({"prompt": ["cat"], "out": "x.jpg"}, "--out must be a .png or a folder"),

@@ -5,33 +5,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import pairs_config
+from conftest import pairs_config, small_network
 
 import make_pairs
 import train
-from edm_unet import EDMPrecond
 from plumbing.devices import Ranks
 from plumbing.optim import Learner
 from plumbing.pairs import Pairs
 from teachers import EDMTeacher
-from workloads import WORKLOADS, get_workload
+from workloads import get_workload
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 STEP = 225  # of 900: a quarter of the way, where the schedules are nowhere at their ends
-TINY = WORKLOADS["mnist"].network | {
-    "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [],
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    """A network of 17,000 random weights, whose output is not almost zero as at the start."""
-    torch.manual_seed(0)
-    net = EDMPrecond(**TINY).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return EDMTeacher(net, {"name": "tiny", "sha256": "0"})
+    """A small network of random weights."""
+    return EDMTeacher(small_network(), {"name": "small", "sha256": "0"})
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +113,25 @@ def test_the_gradients_of_a_step(
         assert (group["weight_decay"], group["betas"]) == (0.01, (0.9, 0.999))
     moved = [(p - q).abs().max() for p, q in zip(run.G.network.parameters(), before, strict=True)]
     assert 0.5 * rate < max(moved) < 1.5 * rate
-    # The average is not yet, or no longer, the network: decay 0.962 at this step.
-    decay = min(0.98, (STEP + 1) / (STEP + 10))
-    for mean, old, new in zip(
-        run.G.average.parameters(), before, run.G.network.parameters(), strict=True
-    ):
-        torch.testing.assert_close(mean, decay * old + (1 - decay) * new)
+    # The average has gone 1 - 226/235 of the way, what is clipped is what AdamW saw.
+    old, new, mean = (
+        torch.cat([p.detach().flatten().double() for p in parameters])
+        for parameters in (before, run.G.network.parameters(), run.G.average.parameters())
+    )
+    way = (mean - old) @ (new - old) / (new - old).square().sum()
+    assert way == pytest.approx(9 / 235, rel=0.01)
+
+
+def test_the_gradient_is_clipped(teacher, tiny_pairs, tmp_path, monkeypatch):
+    """To --grad-clip's norm, each network's by itself: a tenth of it is AdamW's first moment."""
+    run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, grad_clip=0.03)
+    train.training_step(run, STEP)
+    for learner, found in zip((run.G, run.mu_fake), gradients, strict=True):
+        moments = [state["exp_avg"].flatten() for state in learner.optimizer.state.values()]
+        assert torch.cat(moments).norm() == pytest.approx(0.1 * 0.03, rel=1e-3)
+        whole = torch.cat([g.flatten() for g in found])
+        assert whole.norm() > 0.1  # before
+        agree([torch.cat(moments) * whole.norm() / 0.003], [whole])
 
 
 @pytest.mark.parametrize(
@@ -165,6 +169,11 @@ def test_what_a_part_draws(teacher, tiny_pairs, tmp_path, monkeypatch):
     assert len({tuple(row.flatten()[:3].tolist()) for row in batch.z_ref}) == 7
     counts = torch.bincount(batch.cond[:2000], minlength=10)
     assert len(counts) == 10 and counts.min() > 140 and counts.max() < 260
+    # Classes, noise levels and noises know nothing of each other.
+    drawn = [batch.cond[:2000], batch.t, batch.t_fake]
+    drawn += [noise[:, 0, 5, 5] for noise in (batch.z, batch.noise, batch.noise_fake)]
+    correlation = torch.corrcoef(torch.stack([values.double() for values in drawn]))
+    assert (correlation - torch.eye(6)).abs().max() < 0.1
 
 
 def test_dropout_is_off(teacher, tiny_pairs, tmp_path, monkeypatch):
