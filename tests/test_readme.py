@@ -5,16 +5,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-LINK = re.compile(r"\[`(?P<name>\w+)`\]\((?P<file>[\w/]+\.py)#L(?P<line>\d+)\)")
+LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<file>[\w/]+\.py)#L(?P<line>\d+)\)")
 COUNT = re.compile(r"^\| \[(?P<file>[\w/]+\.py)\]\((?P=file)\) \| (?P<lines>\d+) \|", re.MULTILINE)
 
 
 def line_of(name: str, file: str) -> int:
-    """The line on which a module's function, class or constant is defined."""
+    """The line on which a module's function, class, method or constant is defined."""
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    pattern = re.compile(rf"(def|class) {name}\b|{name} = ")
-    (number,) = [i for i, line in enumerate(lines, start=1) if pattern.match(line)]
-    return number
+    *owner, name = name.split(".")
+    start = line_of(owner[0], file) if owner else 0
+    pattern = re.compile(rf"    def {name}\b" if owner else rf"(def|class) {name}\b|{name} = ")
+    found = [i for i, line in enumerate(lines, start=1) if pattern.match(line) and i > start]
+    assert len(found) == 1 or (owner and found), name
+    return found[0]
 
 
 def length(file: str) -> int:
