@@ -43,12 +43,11 @@ from plumbing.options import UserError
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TAESD_REPO = "madebyollin/taesd"
 
-# SD v1.5's config files, as far as the networks below read them. A folder's own values win ...
+# SD v1.5's config files, as far as the networks below read them: the fields of their argument
+# `config`. The values of a folder's own files win ...
 SD15 = {
     "unet": dict(
         in_channels=4, out_channels=4, block_out_channels=[320, 640, 1280, 1280],
-        down_block_types=[*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-        up_block_types=["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
         layers_per_block=2, norm_num_groups=32, cross_attention_dim=768,
         attention_head_dim=8,  # the *number* of heads, by a historical mistake
     ),
@@ -66,7 +65,7 @@ SD15 = {
     ),
 }  # fmt: skip
 
-# ... but for these, which are the only ones supported, though other weights might fit as well.
+# ... but these are the only ones supported where the weights' names and shapes do not tell.
 SUPPORTED = {
     "unet": dict(in_channels=4, use_linear_projection=False),  # inpainting; SD 2.x, XL
     "text_encoder": dict(hidden_act="quick_gelu"),
@@ -123,10 +122,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each after a norm, each added.
-
-    x (B, HW, C), text (B, 77, 768) -> (B, HW, C).
-    """
+    """Self-attention, attention to the text, MLP; x (B, N, C), text (B, 77, 768) -> (B, N, C)."""
 
     def __init__(self, width: int, text_width: int, heads: int):
         super().__init__()
@@ -256,12 +252,8 @@ class UNet(nn.Module):
     The outputs of conv_in, of every down layer and of every downsampler are kept, twelve in all,
     and each layer of the up blocks takes one of them, from the last to the first.
 
-    Args:
-        config: the fields of SD15["unet"]; all else must be as in SD v1.5.
-
-    Attributes:
-        gradient_checkpointing: recompute each layer in the backward pass instead of keeping its
-            activations; about a third more time, a fraction of the memory.
+    `gradient_checkpointing`: recompute each layer in the backward pass instead of keeping its
+    activations; about a third more time, a fraction of the memory.
     """
 
     def __init__(self, config: dict):
@@ -281,12 +273,12 @@ class UNet(nn.Module):
         layers = OrderedDict(linear_1=linear_1, act=nn.SiLU(), linear_2=linear_2)
         self.time_embedding = nn.Sequential(layers)
 
+        last = len(widths) - 1  # the lowest resolution, where there is no attention
         self.down_blocks = nn.ModuleList()
         c, skips = widths[0], [widths[0]]
-        for kind, width in zip(config["down_block_types"], widths, strict=True):
-            down = len(self.down_blocks) < len(widths) - 1
-            attentions = transformers(depth if kind.startswith("CrossAttn") else 0, width)
-            inputs = [c] + [width] * (depth - 1)
+        for level, width in enumerate(widths):
+            inputs, down = [c] + [width] * (depth - 1), level < last
+            attentions = transformers(depth if down else 0, width)
             self.down_blocks.append(Stage(inputs, width, resnet, attentions, down=down))
             skips += [width] * (depth + down)
             c = width
@@ -294,26 +286,19 @@ class UNet(nn.Module):
         self.mid_block = Stage([c, c], c, resnet, transformers(1, c))
 
         self.up_blocks = nn.ModuleList()
-        for kind, width in zip(config["up_block_types"], reversed(widths), strict=True):
-            up = len(self.up_blocks) < len(widths) - 1
-            attentions = transformers(depth + 1 if kind.startswith("CrossAttn") else 0, width)
+        for level, width in reversed(list(enumerate(widths))):
             inputs = [c_in + skips.pop() for c_in in [c] + [width] * depth]
-            self.up_blocks.append(Stage(inputs, width, resnet, attentions, up=up))
+            attentions = transformers(depth + 1 if level < last else 0, width)
+            self.up_blocks.append(Stage(inputs, width, resnet, attentions, up=level > 0))
             c = width
 
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Predict the noise.
+        """x_t (B, 4, H, W), t (B,) long in 0 .. 999 -> eps (B, 4, H, W) in float32.
 
-        Args:
-            x: x_t (B, 4, H, W), H and W multiples of 8.
-            t: (B,) long in 0 .. 999.
-            text: text states (B, N, 768); all N are attended, padding included.
-
-        Returns:
-            eps (B, 4, H, W), in float32.
+        H and W are multiples of 8; all of text (B, N, 768) is attended, padding included.
         """
         x = self.conv_in(x.to(self.conv_in.weight.dtype))
         text = text.to(x.dtype)
@@ -354,10 +339,7 @@ class UNet(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """Pre-norm transformer layer: causal self-attention and an MLP with the quick GELU.
-
-    x (B, 77, 768) -> the same shape.
-    """
+    """Causal self-attention and an MLP with the quick GELU, (B, 77, 768) -> (B, 77, 768)."""
 
     def __init__(self, width: int, hidden: int, heads: int):
         super().__init__()
@@ -377,11 +359,7 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIP ViT-L/14's text transformer, 123,060,480 parameters, all hidden states of the end.
-
-    Args:
-        config: the fields of SD15["text_encoder"].
-    """
+    """CLIP ViT-L/14's text transformer, 123,060,480 parameters, all hidden states of the end."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -411,10 +389,7 @@ class TextEncoder(nn.Module):
 
 
 class PixelAttention(Attention):
-    """Single-head self-attention of the pixels, after a group norm, added to the input.
-
-    x (B, C, H, W) -> (B, C, H, W); there is no text here.
-    """
+    """Single-head self-attention of the pixels (there is no text), (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, width: int, groups: int):
         super().__init__(width, width, heads=1, bias=True)
@@ -437,9 +412,8 @@ class VAEDecoder(nn.Module):
         decoder.up_blocks.3        3 x resnet                     128          512
         decoder.conv_norm_out, SiLU, decoder.conv_out             128 -> 3     512
 
-    Args:
-        config: the fields of SD15["vae"], and optionally `scaling_factor`, the standard deviation
-            of the latents that the UNet sees divided by that of the autoencoder's.
+    The config may have a `scaling_factor`: the standard deviation of the latents that the UNet sees
+    divided by that of the autoencoder's.
     """
 
     def __init__(self, config: dict):
@@ -447,17 +421,11 @@ class VAEDecoder(nn.Module):
         self.config = dict(config)
         self.scaling_factor = config.get("scaling_factor", 0.18215)
         widths, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
-
-        resnet = {"groups": groups, "eps": 1e-6}
-
-        c = widths[0]
+        resnet, c = {"groups": groups, "eps": 1e-6}, widths[0]
         mid_block, up_blocks = Stage([c, c], c, resnet, [PixelAttention(c, groups)]), []
-        for width in widths:
-            inputs, up = (
-                [c] + [width] * config["layers_per_block"],
-                len(up_blocks) < len(widths) - 1,
-            )
-            up_blocks.append(Stage(inputs, width, resnet, up=up))
+        for level, width in enumerate(widths):
+            inputs = [c] + [width] * config["layers_per_block"]
+            up_blocks.append(Stage(inputs, width, resnet, up=level < len(widths) - 1))
             c = width
         latent_channels = config["latent_channels"]
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
@@ -492,11 +460,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """TAESD's decoder, 1,222,531 parameters: the VAE's decoder, distilled into 3x3 convolutions.
-
-    Args:
-        config: the fields of SD15["tiny_vae"].
-    """
+    """TAESD's decoder, 1,222,531 parameters: the VAE's decoder, distilled into 3x3 convolutions."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -528,9 +492,6 @@ class CLIPTokenizer:
     The text is composed (NFC), its white space squeezed, and lower-cased; cut into runs of letters,
     single digits, runs of other signs and a few English endings; and each piece's UTF-8 bytes are
     merged by the ranked list of pairs. There is no unknown word.
-
-    Args:
-        vocab_file, merges_file: vocab.json and merges.txt of the tokenizer's folder.
     """
 
     START, END, ROOM = "<|startoftext|>", "<|endoftext|>", 75
@@ -621,12 +582,8 @@ class SDDenoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """Eq. 11: mu = (x_t - sigma_t eps) / alpha_t, in float32 whatever the UNet's dtype.
 
+        x_t (B, 4, H, W), t (B,) long in 0 .. 999, cond: text states (B, 77, 768) -> (B, 4, H, W).
         At t = 999, alpha is 0.068: an error of eps counts 14.6 times.
-
-        Args:
-            x_t: (B, 4, H, W).
-            t: (B,) long in 0 .. 999.
-            cond: text states (B, 77, 768).
         """
         eps = self.net(x_t, t, cond).float()
         alpha_t, sigma_t = (table[t][:, None, None, None] for table in (self.alpha, self.sigma))
@@ -735,10 +692,7 @@ def load_sd(
 
 
 def load_network(
-    part: str,
-    source: str | Path,
-    dtype: torch.dtype = torch.float32,
-    config: dict | None = None,
+    part: str, source: str | Path, dtype: torch.dtype = torch.float32, config: dict | None = None
 ) -> nn.Module:
     """Load one network: built without memory, then given the file's tensors as its parameters.
 
@@ -758,22 +712,18 @@ def load_network(
 
 
 def check_config(part: str, config: dict, path: Path) -> None:
-    """Refuse other models, where the names and shapes of their weights would not tell."""
-    for field, value in SUPPORTED[part].items():
-        if config.get(field, value) != value:
+    """Refuse other models where the names and shapes of their weights do not tell."""
+    for field, only in SUPPORTED[part].items():
+        if (value := config.get(field, only)) != only:
             raise UserError(
-                f"{path}: {field} = {config[field]!r} is not supported, only {value!r} as in "
-                "Stable Diffusion v1.x"
+                f"{path}: {field} = {value!r} is not supported, only {only!r} (SD v1.x)"
             )
 
 
 def find_weights(
     part: str, source: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[Path, Path | None]:
-    """The files of one network -> its weights, its config.json (None beside a single file).
-
-    Args: as for load_network.
-    """
+    """The weights and config.json (None beside a single file) of one network, see load_network."""
     if Path(source).is_file():
         return Path(source), None
     is_text = part == "text_encoder"  # transformers' names instead of diffusers'
@@ -785,29 +735,23 @@ def find_weights(
 
 
 def find_file(source: str | Path, *names: str) -> Path:
-    """The first of `names`, such as "unet/config.json", that there is.
-
-    Args:
-        source: a local folder or "owner/name" on the Hub, where the tiny decoder has a repository
-            of its own.
-    """
-    if Path(source).is_dir():
-        found = (path for name in names if (path := Path(source, name)).is_file())
-    elif str(source).count("/") == 1:
-        found = (path for name in names if (path := fetch_from_hub(str(source), name)))
-    else:
+    """The first of `names`, such as "unet/config.json", in a folder or in a repository."""
+    local = Path(source).is_dir()
+    if not local and str(source).count("/") != 1:
         raise UserError(f"{source} is neither a folder here nor a Hub repository (owner/name)")
-    if path := next(found, None):
-        return path
-    reason = "" if Path(source).is_dir() else "; it is no folder here, and is there a network?"
-    raise UserError(f"{source} holds none of {', '.join(names)}{reason}")
+    for name in names:
+        path = Path(source, name) if local else fetch_from_hub(str(source), name)
+        if path and path.is_file():
+            return path
+    hint = "" if local else "; it is no folder here, and is there a network?"
+    raise UserError(f"{source} holds none of {', '.join(names)}{hint}")
 
 
 def fetch_from_hub(repo: str, name: str) -> Path | None:
-    """A file of a repository, from the Hub or from its local cache; None if neither has it."""
+    """A repository's file, from the Hub or from its local cache; None if neither has it."""
     from huggingface_hub import errors, hf_hub_download  # only repositories need this package
 
-    if name.startswith("tiny_vae/"):
+    if name.startswith("tiny_vae/"):  # no part of Stable Diffusion's repositories
         repo, name = TAESD_REPO, name.removeprefix("tiny_vae/")
     try:
         return Path(hf_hub_download(repo, name))
@@ -815,19 +759,12 @@ def fetch_from_hub(repo: str, name: str) -> Path | None:
         return None
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise UserError(
-            f"{repo} is no folder here, nor does the Hub give {name} ({reason})"
-        ) from None
+        raise UserError(f"{repo} is no folder here, and the Hub says: {reason}") from None
 
 
-# What the released files hold beside what is needed here, and the names of their VAE's attention.
+# What the released files hold beside what is needed here, and their names of the VAE's attention.
 NOT_NEEDED = ("encoder.", "quant_conv.", "text_model.embeddings.position_ids")
-OLDER_NAMES = {
-    ".query.": ".to_q.",
-    ".key.": ".to_k.",
-    ".value.": ".to_v.",
-    ".proj_attn.": ".to_out.0.",
-}
+OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def read_weights(part: str, path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -838,8 +775,8 @@ def read_weights(part: str, path: Path, dtype: torch.dtype) -> dict[str, Tensor]
         for name, tensor in found.items():
             if part == "text_encoder":
                 name = "text_model." + name.removeprefix("text_model.")  # transformers 5 omits it
-            for older, newer in OLDER_NAMES.items():
-                name = name.replace(older, newer)
+            for older, newer in OLDER.items():
+                name = name.replace(f".{older}.", f".{newer}.")
             if not name.startswith(NOT_NEEDED):
                 tensors[name] = tensor.to(dtype)
     return tensors
