@@ -10,9 +10,9 @@ and the many calls of the UNet are what DMD replaces by one. In the order of thi
 
     sd_noise_table                alpha_t, sigma_t of the T = 1000 noise levels
     UNet                          eps(x_t, t, text), the noise prediction
+    CLIPTokenizer                 byte-pair encoding of the prompts
     TextEncoder                   CLIP ViT-L/14's text half (Radford et al. 2021, arXiv 2103.00020)
     VAEDecoder, TinyDecoder       latents to images (TinyDecoder: TAESD of O. Boer Bohan, 2023)
-    CLIPTokenizer                 byte-pair encoding of the prompts
     GuidedUNet                    classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598)
     SDDenoiser                    mu(x_t, t, cond): the form in which DMD uses a UNet, Eq. 11
     pndm_sample                   the teacher's ODE solution (Liu et al. 2022, arXiv 2202.09778)
@@ -24,7 +24,6 @@ released weights load strictly and a distilled UNet's weights are a drop-in repl
 
 import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +57,7 @@ SD15 = {
     "vae": dict(
         latent_channels=4, out_channels=3, block_out_channels=[128, 256, 512, 512],
         layers_per_block=2, norm_num_groups=32,
+        scaling_factor=0.18215,  # latents of the UNet / latents of the autoencoder
     ),
     "tiny_vae": dict(
         latent_channels=4, out_channels=3, decoder_block_out_channels=[64, 64, 64, 64],
@@ -261,17 +261,16 @@ class UNet(nn.Module):
         self.config = dict(config)  # all it takes to build this network again
         self.gradient_checkpointing = False
         widths, depth = config["block_out_channels"], config["layers_per_block"]
-        groups, self.emb_channels = config["norm_num_groups"], widths[0]
-        resnet = {"groups": groups, "eps": 1e-5, "emb_width": 4 * widths[0]}
+        groups, self.emb_channels, emb_width = config["norm_num_groups"], widths[0], 4 * widths[0]
+        resnet = {"groups": groups, "eps": 1e-5, "emb_width": emb_width}
 
         def transformers(count, width):
             heads, text_width = config["attention_head_dim"], config["cross_attention_dim"]
             return [SpatialTransformer(width, text_width, heads, groups) for _ in range(count)]
 
         self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
-        linear_1, linear_2 = (nn.Linear(c, 4 * widths[0]) for c in (widths[0], 4 * widths[0]))
-        layers = OrderedDict(linear_1=linear_1, act=nn.SiLU(), linear_2=linear_2)
-        self.time_embedding = nn.Sequential(layers)
+        linear_1, linear_2 = nn.Linear(widths[0], emb_width), nn.Linear(emb_width, emb_width)
+        self.time_embedding = named({"linear_1": linear_1, "linear_2": linear_2})
 
         last = len(widths) - 1  # the lowest resolution, where there is no attention
         self.down_blocks = nn.ModuleList()
@@ -302,8 +301,9 @@ class UNet(nn.Module):
         """
         x = self.conv_in(x.to(self.conv_in.weight.dtype))
         text = text.to(x.dtype)
-        emb = self.time_embedding(timestep_embedding(t, self.emb_channels).to(x.dtype))
-        emb = F.silu(emb)  # every resnet begins with it
+        emb = timestep_embedding(t, self.emb_channels).to(x.dtype)
+        for linear in self.time_embedding.values():
+            emb = F.silu(linear(emb))
 
         skips = [x]
         for stage in self.down_blocks:
@@ -335,7 +335,54 @@ class UNet(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# The text encoder
+# Text: the tokenizer and the encoder
+
+
+class CLIPTokenizer:
+    """CLIP's byte-pair encoding: a prompt becomes 77 ids, start, up to 75 tokens, then ends.
+
+    The text is composed (NFC), its white space squeezed, and lower-cased; cut into runs of letters,
+    single digits, runs of other signs and a few English endings; and each piece's UTF-8 bytes are
+    merged by the ranked list of pairs. There is no unknown word.
+    """
+
+    START, END, ROOM = "<|startoftext|>", "<|endoftext|>", 75
+    PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+    def __init__(self, vocab_file: Path, merges_file: Path):
+        vocab = read_json(vocab_file)
+        # Only the first line is a comment: there are real merges that begin with #.
+        lines = merges_file.read_text(encoding="utf-8").split("\n")[1:]
+        merges = [tuple(line.split(" ")) for line in lines if line]
+        if len(vocab) != 2 * 256 + len(merges) + 2:  # bytes, bytes that end a word; the marks
+            raise UserError(f"{vocab_file} and {merges_file.name} do not belong together")
+        bpe = models.BPE(vocab, merges, unk_token=self.END, end_of_word_suffix="</w>")
+        self.start, self.end = vocab[self.START], vocab[self.END]
+        self.bpe = Tokenizer(bpe)
+        squeeze = normalizers.Replace(Regex(r"\s+"), " ")
+        cleaning = [normalizers.NFC(), squeeze, normalizers.Lowercase()]
+        self.bpe.normalizer = normalizers.Sequence(cleaning)
+        pieces = pre_tokenizers.Split(Regex(self.PIECES), behavior="removed", invert=True)
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self.bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
+        self.bpe.add_special_tokens([self.START, self.END])  # as such where a prompt has them
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """Prompts -> ids (B, 77) long. Warns of a prompt that is too long: what is cut off."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list of strings, not one string")
+        rows = []
+        for prompt in prompts:
+            encoding = self.bpe.encode(prompt)
+            ids = [self.start, *encoding.ids[: self.ROOM], self.end]
+            rows.append(ids + [self.end] * (self.ROOM + 2 - len(ids)))
+            if len(encoding.ids) > self.ROOM:
+                warnings.warn(
+                    f"a prompt has {len(encoding.ids)} tokens, the text encoder takes {self.ROOM}; "
+                    f"cut off: {prompt[encoding.offsets[self.ROOM][0] :]!r}",
+                    stacklevel=2,
+                )
+        return torch.tensor(rows, dtype=torch.long).reshape(-1, self.ROOM + 2)
 
 
 class TextLayer(nn.Module):
@@ -403,23 +450,20 @@ class PixelAttention(Attention):
 class VAEDecoder(nn.Module):
     """The decoder of SD v1.5's autoencoder, 49,490,199 parameters:
 
-        name                       layers                         channels     resolution
-        post_quant_conv (1x1)                                     4 -> 4       64
-        decoder.conv_in                                           4 -> 512     64
-        decoder.mid_block          resnet, attention, resnet      512          64
-        decoder.up_blocks.0, .1    3 x resnet, up                 512          64 -> 256
-        decoder.up_blocks.2        3 x resnet, up                 256          256 -> 512
-        decoder.up_blocks.3        3 x resnet                     128          512
-        decoder.conv_norm_out, SiLU, decoder.conv_out             128 -> 3     512
-
-    The config may have a `scaling_factor`: the standard deviation of the latents that the UNet sees
-    divided by that of the autoencoder's.
+    name                       layers                         channels     resolution
+    post_quant_conv (1x1)                                     4 -> 4       64
+    decoder.conv_in                                           4 -> 512     64
+    decoder.mid_block          resnet, attention, resnet      512          64
+    decoder.up_blocks.0, .1    3 x resnet, up                 512          64 -> 256
+    decoder.up_blocks.2        3 x resnet, up                 256          256 -> 512
+    decoder.up_blocks.3        3 x resnet                     128          512
+    decoder.conv_norm_out, SiLU, decoder.conv_out             128 -> 3     512
     """
 
     def __init__(self, config: dict):
         super().__init__()
         self.config = dict(config)
-        self.scaling_factor = config.get("scaling_factor", 0.18215)
+        self.scaling_factor = config["scaling_factor"]
         widths, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
         resnet, c = {"groups": groups, "eps": 1e-6}, widths[0]
         mid_block, up_blocks = Stage([c, c], c, resnet, [PixelAttention(c, groups)]), []
@@ -480,57 +524,6 @@ class TinyDecoder(nn.Module):
         first = self.decoder.layers[0]
         x = 3 * torch.tanh(latents / 3)  # a soft clamp: no latent is far outside
         return 2 * self.decoder.layers(x.to(first.weight.dtype)) - 1
-
-
-# --------------------------------------------------------------------------------------------------
-# The tokenizer
-
-
-class CLIPTokenizer:
-    """CLIP's byte-pair encoding: a prompt becomes 77 ids, start, up to 75 tokens, then ends.
-
-    The text is composed (NFC), its white space squeezed, and lower-cased; cut into runs of letters,
-    single digits, runs of other signs and a few English endings; and each piece's UTF-8 bytes are
-    merged by the ranked list of pairs. There is no unknown word.
-    """
-
-    START, END, ROOM = "<|startoftext|>", "<|endoftext|>", 75
-    PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-
-    def __init__(self, vocab_file: Path, merges_file: Path):
-        vocab = read_json(vocab_file)
-        # Only the first line is a comment: there are real merges that begin with #.
-        lines = merges_file.read_text(encoding="utf-8").split("\n")[1:]
-        merges = [tuple(line.split(" ")) for line in lines if line]
-        if len(vocab) != 2 * 256 + len(merges) + 2:  # bytes, bytes that end a word; the marks
-            raise UserError(f"{vocab_file} and {merges_file.name} do not belong together")
-        bpe = models.BPE(vocab, merges, unk_token=self.END, end_of_word_suffix="</w>")
-        self.start, self.end = vocab[self.START], vocab[self.END]
-        self.bpe = Tokenizer(bpe)
-        squeeze = normalizers.Replace(Regex(r"\s+"), " ")
-        cleaning = [normalizers.NFC(), squeeze, normalizers.Lowercase()]
-        self.bpe.normalizer = normalizers.Sequence(cleaning)
-        pieces = pre_tokenizers.Split(Regex(self.PIECES), behavior="removed", invert=True)
-        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        self.bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
-        self.bpe.add_special_tokens([self.START, self.END])  # as such where a prompt has them
-
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """Prompts -> ids (B, 77) long. Warns of a prompt that is too long: what is cut off."""
-        if isinstance(prompts, str):
-            raise TypeError("prompts must be a list of strings, not one string")
-        rows = []
-        for prompt in prompts:
-            encoding = self.bpe.encode(prompt)
-            ids = [self.start, *encoding.ids[: self.ROOM], self.end]
-            rows.append(ids + [self.end] * (self.ROOM + 2 - len(ids)))
-            if len(encoding.ids) > self.ROOM:
-                warnings.warn(
-                    f"a prompt has {len(encoding.ids)} tokens, the text encoder takes {self.ROOM}; "
-                    f"cut off: {prompt[encoding.offsets[self.ROOM][0] :]!r}",
-                    stacklevel=2,
-                )
-        return torch.tensor(rows, dtype=torch.long).reshape(-1, self.ROOM + 2)
 
 
 # --------------------------------------------------------------------------------------------------

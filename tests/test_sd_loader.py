@@ -66,7 +66,7 @@ def fill(name, shape, rule):
 def tiny(part, rule="rule_b"):
     """A golden network with its parameters filled in."""
     network, config, vectors = PARTS[part]
-    net, total = network(CONFIGS[config]).eval(), 0.0
+    net, total = network(SD15[part] | CONFIGS[config]).eval(), 0.0
     for name, parameter in net.named_parameters():
         value = fill(name, parameter.shape, rule)
         parameter.data = torch.from_numpy(value).float()
