@@ -152,6 +152,22 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@torch.no_grad()
+def test_the_unets_last_convolution_is_in_float32(how):
+    """Whatever the rest: at t = 999, what is rounded there counts 14.6 times."""
+    net, data = tiny("unet"), golden("rule_b", "unet")
+    last = {}
+    net.conv_norm_out.register_forward_hook(lambda *given: last.update(x=given[2]))
+    net = net.bfloat16() if how == "weights" else net
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        eps = net(data["x"], data["t"], data["context"])
+    x = torch.nn.functional.silu(last["x"]).float()
+    expected = net.conv_out.float()(x)
+    assert eps.dtype == torch.float32 and relative_error(eps, expected) < 1e-6
+    assert relative_error(eps, data["eps"]) < 0.1
+
+
 # --------------------------------------------------------------------------------------------------
 # Noise levels, guidance, denoiser, sampler
 
@@ -183,11 +199,12 @@ def test_pndm_trajectory_matches_golden_vectors(rule, steps):
 
     def eps(x, t, text):
         times.append(t.item())
+        assert x.dtype == torch.float32
         return guided(x, t, text)
 
     end = pndm_sample(eps, data["z"], data["cond"], steps)
     assert times == data[f"timesteps{steps}"].tolist()
-    assert relative_error(end, data[f"plms{steps}"]) < 1e-5
+    assert relative_error(end, data[f"plms{steps}"]) < 1e-5 and not end.requires_grad
 
 
 class Echo(torch.nn.Module):
@@ -210,6 +227,7 @@ def test_guidance_is_per_sample_and_one_is_no_guidance():
     assert guided[:, 0, 0, 0].tolist() == [0.5 + 3 * 0.5, 0.5 + 3 * 1.5]
     torch.testing.assert_close(GuidedUNet(unet, null, 1.0)(x, t, text), unet(x, t, text))
     assert unet.times == [[3, 5, 3, 5], [3, 5], [3, 5]]
+    assert not SDDenoiser(GuidedUNet(unet, null, 3.0)).state_dict()  # of a UNet, its own alone
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -223,6 +241,16 @@ def test_denoiser_inverts_the_forward_process_in_float32(dtype):
     estimate = mu((alpha * x_0 + sigma * noise).float(), t, text)
     assert estimate.dtype == torch.float32
     torch.testing.assert_close(estimate, x_0, rtol=0, atol=3e-5)
+    assert mu(x_0.to(dtype), t, text).dtype == mu.alpha.dtype == mu.sigma.dtype == torch.float32
+
+
+def test_pndm_solves_a_whole_batch_at_once():
+    unet, z, text = Echo(), torch.randn(3, 4, 2, 2), torch.randn(3, 77, 6)
+    end = pndm_sample(unet, z, text, steps=4)
+    assert unet.times == [[t] * 3 for t in (751, 501, 501, 251, 1)]
+    for i in range(3):
+        alone = pndm_sample(unet, z[i : i + 1], text[i : i + 1], steps=4)
+        torch.testing.assert_close(end[i : i + 1], alone)
 
 
 def gaussian_data(mean, std):
@@ -430,6 +458,10 @@ def test_loaded_networks_are_in_eval_mode_and_all_but_the_unet_frozen(sd_folder)
         assert not net.training
         assert {p.requires_grad for p in net.parameters()} == {part == "unet"}
         assert {p.dtype for p in net.parameters()} == {torch.float16}
+    latents = golden("rule_b", "vae_decoder")["latent"]
+    for tiny_decoder in (False, True):
+        assert sd.decode(latents, tiny_decoder).dtype == torch.float32
+    assert not sd.encode_text(["cat"]).requires_grad
     only = load_sd(sd_folder, parts=["vae"])
     assert only.unet is only.text_encoder is only.tokenizer is only.tiny_vae is None
 
