@@ -253,6 +253,13 @@ def test_pndm_solves_a_whole_batch_at_once():
         torch.testing.assert_close(end[i : i + 1], alone)
 
 
+def test_pndms_rounding_errors_do_not_add_up():
+    """Without noise, every step is a factor; the state is in float64, whatever eps gives."""
+    z, (alpha, _) = torch.randn(1, 4, 8, 8), sd_noise_table()
+    end = pndm_sample(Echo(), z, torch.zeros(1, 77, 6), steps=999)
+    assert relative_error(end, (z.double() * alpha[0] / alpha[999]).float()) < 1e-7
+
+
 def gaussian_data(mean, std):
     """The exact eps of N(mean, std^2) data, and its exact ODE map from time t to t = 0.
 
@@ -358,6 +365,8 @@ def test_long_prompts_are_cut_with_a_warning_that_shows_what_is_lost(tokenizer):
     assert full.shape == (2, 77) and full.dtype == torch.long
     with pytest.warns(UserWarning, match=r"77 tokens.* takes 75; cut off: 'The DOG'"):
         cut = tokenizer(["cat " * 75 + "The DOG"])
+    with pytest.warns(UserWarning, match=r"76 tokens.*; cut off: 'DOG'"):
+        tokenizer(["cat " * 75 + "DOG"])
     assert torch.equal(cut[0], full[0])
     assert tokenizer.words[cut[0, 76].item()] == "<|endoftext|>"
 
