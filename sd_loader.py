@@ -728,30 +728,40 @@ def find_weights(
 
 def find_file(source: str | Path, *names: str) -> Path:
     """The first of `names`, such as "unet/config.json", in a folder or in a repository."""
-    local = Path(source).is_dir()
-    if not local and str(source).count("/") != 1:
+    if local := Path(source).is_dir():
+        path = next((path for name in names if (path := Path(source, name)).is_file()), None)
+    elif str(source).count("/") == 1:
+        path = find_on_hub(str(source), names)
+    else:
         raise UserError(f"{source} is neither a folder here nor a Hub repository (owner/name)")
+    if path is None:
+        hint = "" if local else "; it is no folder here, and is there a network?"
+        raise UserError(f"{source} holds none of {', '.join(names)}{hint}")
+    return path
+
+
+def find_on_hub(repo: str, names: Sequence[str]) -> Path | None:
+    """The first of a repository's files that is in the Hub's local cache or can be downloaded."""
+    # Only repositories need this package.
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+    online = True
     for name in names:
-        path = Path(source, name) if local else fetch_from_hub(str(source), name)
-        if path and path.is_file():
-            return path
-    hint = "" if local else "; it is no folder here, and is there a network?"
-    raise UserError(f"{source} holds none of {', '.join(names)}{hint}")
-
-
-def fetch_from_hub(repo: str, name: str) -> Path | None:
-    """A repository's file, from the Hub or from its local cache; None if neither has it."""
-    from huggingface_hub import errors, hf_hub_download  # only repositories need this package
-
-    if name.startswith("tiny_vae/"):  # no part of Stable Diffusion's repositories
-        repo, name = TAESD_REPO, name.removeprefix("tiny_vae/")
-    try:
-        return Path(hf_hub_download(repo, name))
-    except errors.EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{repo} is no folder here, and the Hub says: {reason}") from None
+        if name.startswith("tiny_vae/"):  # no part of Stable Diffusion's repositories
+            repo, name = TAESD_REPO, name.removeprefix("tiny_vae/")
+        try:
+            if isinstance(cached := try_to_load_from_cache(repo, name), str):
+                return Path(cached)
+            if online:
+                return Path(hf_hub_download(repo, name))
+        except errors.LocalEntryNotFoundError:
+            online = False  # do not wait again; the cache may have the next one
+        except errors.EntryNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{repo} is no folder here, and the Hub says: {reason}") from None
+    return None
 
 
 # What the released files hold beside what is needed here, and their names of the VAE's attention.

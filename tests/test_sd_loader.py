@@ -652,7 +652,7 @@ def hub(monkeypatch, sd_folder):
     """A Hub with sd_folder's files and TAESD's, and what was asked of it."""
 
     class Hub:
-        missing, online, asked = [], True, []
+        missing, cached, online, asked = [], {}, True, []
 
     def download(repo, path):
         Hub.asked.append(f"{repo}/{path}")
@@ -665,7 +665,9 @@ def hub(monkeypatch, sd_folder):
             raise errors.EntryNotFoundError("404")
         return str(file)
 
+    cache = lambda repo, path: Hub.cached.get(path)  # noqa: E731
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cache)
     return Hub
 
 
@@ -688,6 +690,15 @@ def test_a_hub_repository_without_safetensors_is_asked_for_the_others(hub):
         load_sd("owner/sd", parts=("vae",))
     kinds = [path.partition(".")[2] for path in hub.asked]
     assert kinds == ["safetensors", "bin", "fp16.safetensors", "fp16.bin"]
+
+
+def test_without_a_network_the_hubs_cache_will_do(hub, sd_folder):
+    hub.online = False
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    hub.cached["vae/config.json"] = str(sd_folder / "vae/config.json")
+    hub.cached["vae/diffusion_pytorch_model.fp16.safetensors"] = str(sd_folder / weights)
+    assert load_sd("owner/sd", parts=("vae",)).vae is not None
+    assert hub.asked == [f"owner/sd/{weights}"]  # one wait for the network, not one for each name
 
 
 def test_neither_folder_nor_repository(hub, tmp_path):
