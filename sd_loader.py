@@ -10,9 +10,9 @@ and the many calls of the UNet are what DMD replaces by one. In the order of thi
 
     sd_noise_table                alpha_t, sigma_t of the T = 1000 noise levels
     UNet                          eps(x_t, t, text), the noise prediction
+    CLIPTokenizer                 byte-pair encoding of the prompts
     TextEncoder                   CLIP ViT-L/14's text half (Radford et al. 2021, arXiv 2103.00020)
     VAEDecoder, TinyDecoder       latents to images (TinyDecoder: TAESD of O. Boer Bohan, 2023)
-    CLIPTokenizer                 byte-pair encoding of the prompts
     GuidedUNet                    classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598)
     SDDenoiser                    mu(x_t, t, cond): the form in which DMD uses a UNet, Eq. 11
     pndm_sample                   the teacher's ODE solution (Liu et al. 2022, arXiv 2202.09778)
@@ -23,9 +23,7 @@ released weights load strictly and a distilled UNet's weights are a drop-in repl
 """
 
 import math
-import re
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,18 +35,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dmd_loss import T
+from plumbing.edm_files import one_line_errors, torch_load
 from plumbing.files import load_strictly, read_json, read_tensors
 from plumbing.options import UserError
 
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TAESD_REPO = "madebyollin/taesd"
 
-# SD v1.5's config files, as far as the networks below read them. A folder's own files win.
+# SD v1.5's config files, as far as the networks below read them: the fields of their argument
+# `config`. The values of a folder's own files win ...
 SD15 = {
     "unet": dict(
         in_channels=4, out_channels=4, block_out_channels=[320, 640, 1280, 1280],
-        down_block_types=[*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-        up_block_types=["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
         layers_per_block=2, norm_num_groups=32, cross_attention_dim=768,
         attention_head_dim=8,  # the *number* of heads, by a historical mistake
     ),
@@ -59,10 +57,23 @@ SD15 = {
     "vae": dict(
         latent_channels=4, out_channels=3, block_out_channels=[128, 256, 512, 512],
         layers_per_block=2, norm_num_groups=32,
+        scaling_factor=0.18215,  # latents of the UNet / latents of the autoencoder
     ),
     "tiny_vae": dict(
         latent_channels=4, out_channels=3, decoder_block_out_channels=[64, 64, 64, 64],
         num_decoder_blocks=[3, 3, 3, 1],
+    ),
+}  # fmt: skip
+
+# ... but these are the only ones supported where the weights' names and shapes do not tell.
+SUPPORTED = {
+    "unet": dict(in_channels=4, use_linear_projection=False),  # inpainting; SD 2.x, XL
+    "text_encoder": dict(hidden_act="quick_gelu"),
+    "vae": dict(latent_channels=4),
+    "tiny_vae": dict(latent_channels=4),
+    "scheduler": dict(
+        num_train_timesteps=T, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+        prediction_type="epsilon",
     ),
 }  # fmt: skip
 
@@ -77,26 +88,14 @@ def sd_noise_table() -> tuple[Tensor, Tensor]:
     return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
 
-def check_config(config: dict, needed: dict, fixed: dict) -> None:
-    """Refuse a config that describes what this file does not build.
-
-    Args:
-        needed: its keys are the fields that must be there.
-        fixed: fields with one supported value, which a config that lacks the field has too.
-
-    Raises:
-        UserError: a field is missing or has an unsupported value.
-    """
-    missing = [field for field in needed if field not in config]
-    if missing:
-        raise UserError(f"the config lacks {', '.join(missing)}")
-    for field, value in fixed.items():
-        if config.get(field, value) != value:
-            raise UserError(f"{field} = {config[field]!r} is not supported, only {value!r}")
-
-
 # --------------------------------------------------------------------------------------------------
 # Building blocks
+
+
+def named(modules: dict) -> nn.ModuleDict:
+    """Modules in dicts in dicts, so that their parameters have the released files' names."""
+    items = modules.items()
+    return nn.ModuleDict({k: named(m) if isinstance(m, dict) else m for k, m in items})
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, is_causal: bool = False) -> Tensor:
@@ -107,7 +106,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, is_causal: bool = Fal
 
 
 class Attention(nn.Module):
-    """Attention of tokens (B, N, width) to context tokens (B, M, context_width)."""
+    """Queries from x (B, N, C), keys and values from context (B, M, C') -> (B, N, C)."""
 
     def __init__(self, width: int, context_width: int, heads: int, bias: bool = False):
         super().__init__()
@@ -118,52 +117,12 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Queries from x (B, N, C), keys and values from context (B, M, C') -> (B, N, C)."""
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         return self.to_out(attention(q, k, v, self.heads))
 
 
-class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, twice, beside a skip path; the embedding is added in the middle.
-
-    Args:
-        c_in, c_out: channels of input and output.
-        emb_width: of the time embedding; 0 for none (the VAE).
-    """
-
-    def __init__(self, c_in: int, c_out: int, emb_width: int, groups: int, eps: float):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(emb_width, c_out) if emb_width else None
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
-
-    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
-        """x (B, c_in, H, W), emb (B, emb_width) after its SiLU -> (B, c_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        if self.time_emb_proj is not None:
-            h = h + self.time_emb_proj(emb)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class GEGLU(nn.Module):
-    """value * GELU(gate), two linear maps of the input (Shazeer 2020, arXiv 2002.05202)."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, c_in) -> (B, N, c_out)."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each after a norm, each added."""
+    """Self-attention, attention to the text, MLP; x (B, N, C), text (B, 77, 768) -> (B, N, C)."""
 
     def __init__(self, width: int, text_width: int, heads: int):
         super().__init__()
@@ -172,20 +131,20 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, text_width, heads)
         self.norm3 = nn.LayerNorm(width)
-        # The names are ff.net.0 and ff.net.2; what trained between them was dropout.
-        net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-        self.ff = nn.ModuleDict({"net": net})
+        linear_1, linear_2 = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
+        self.ff = named({"net": {"0": {"proj": linear_1}, "2": linear_2}})  # net.1 was dropout
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x (B, HW, C), text (B, 77, 768) -> (B, HW, C)."""
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), text)
-        return x + self.ff.net(self.norm3(x))
+        # GEGLU (Shazeer 2020, arXiv 2002.05202): two linear maps of the input, value * GELU(gate).
+        value, gate = self.ff.net["0"].proj(self.norm3(x)).chunk(2, dim=-1)
+        return x + self.ff.net["2"](value * F.gelu(gate))
 
 
 class SpatialTransformer(nn.Module):
-    """A TransformerBlock whose tokens are the pixels of a feature map."""
+    """A TransformerBlock of the pixels: x (B, C, H, W), text (B, 77, 768) -> (B, C, H, W)."""
 
     def __init__(self, width: int, text_width: int, heads: int, groups: int):
         super().__init__()
@@ -195,68 +154,71 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x (B, C, H, W), text (B, 77, 768) -> (B, C, H, W)."""
         tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, HW, C)
         tokens = self.transformer_blocks[0](tokens, text)
         return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2)."""
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, twice, beside a skip path; the embedding is added in the middle.
 
-    def __init__(self, width: int):
+    x (B, c_in, H, W), emb (B, emb_width) after its SiLU -> (B, c_out, H, W); the VAE has no emb.
+    """
+
+    def __init__(self, c_in: int, c_out: int, groups: int, eps: float, emb_width: int = 0):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(emb_width, c_out) if emb_width else None
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H/2, W/2)."""
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(emb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + self.conv_shortcut(x)
 
 
 class Stage(nn.Module):
     """What happens at one resolution: layers, then a change of resolution or none.
 
-    Layer i is resnet i, followed by attention i where there is one.
+    x (B, C, H, W) -> (B, width, H, W), or H/2, W/2 (down), or 2H, 2W (up).
+
+    Args:
+        inputs: channels of each layer's input. Layer i is resnet i, then attention i if there.
+        resnet: groups, eps and emb_width of the resnets.
     """
 
-    def __init__(
-        self,
-        resnets: Sequence[nn.Module],
-        attentions: Sequence[nn.Module] = (),
-        downsamplers: Sequence[nn.Module] = (),
-        upsamplers: Sequence[nn.Module] = (),
-    ):
+    def __init__(self, inputs: list, width: int, resnet: dict, attentions=(), down=False, up=False):
         super().__init__()
-        self.resnets = nn.ModuleList(resnets)
+        self.resnets = nn.ModuleList([ResnetBlock(c_in, width, **resnet) for c_in in inputs])
         self.attentions = nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList(downsamplers)
-        self.upsamplers = nn.ModuleList(upsamplers)
+        halve = [named({"conv": nn.Conv2d(width, width, 3, stride=2, padding=1)})] if down else []
+        double = [named({"conv": nn.Conv2d(width, width, 3, padding=1)})] if up else []
+        self.downsamplers, self.upsamplers = nn.ModuleList(halve), nn.ModuleList(double)
 
-    def layer(
-        self,
-        i: int,
-        x: Tensor,
-        emb: Tensor | None = None,
-        text: Tensor | None = None,
-        skip: Tensor | None = None,
-    ) -> Tensor:
-        """Layer i of x, or of x and skip, channel beside channel."""
+    def layer(self, i: int, x: Tensor, emb=None, text=None, skip=None) -> Tensor:
+        """Layer i of x (B, C, H, W), or of x and skip (B, C', H, W), channel beside channel."""
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         x = self.resnets[i](x, emb)
         return self.attentions[i](x, text) if i < len(self.attentions) else x
+
+    def resample(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H/2, W/2), or (B, C, 2H, 2W), or as it is."""
+        for downsampler in self.downsamplers:
+            x = downsampler.conv(x)
+        for upsampler in self.upsamplers:
+            x = upsampler.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return x
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, text: Tensor | None = None) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, emb, text)
+        return self.resample(x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -290,110 +252,73 @@ class UNet(nn.Module):
     The outputs of conv_in, of every down layer and of every downsampler are kept, twelve in all,
     and each layer of the up blocks takes one of them, from the last to the first.
 
-    Args:
-        config: the fields of SD15["unet"]; all else must be as in SD v1.5.
-
-    Attributes:
-        gradient_checkpointing: recompute each layer in the backward pass instead of keeping its
-            activations; about a third more time, a fraction of the memory.
-
-    Raises:
-        UserError: the config describes another network.
+    `gradient_checkpointing`: recompute each layer in the backward pass instead of keeping its
+    activations; about a third more time, a fraction of the memory.
     """
-
-    FIXED = dict(
-        act_fn="silu", addition_embed_type=None, center_input_sample=False, class_embed_type=None,
-        conv_in_kernel=3, conv_out_kernel=3, downsample_padding=1, dual_cross_attention=False,
-        flip_sin_to_cos=True, freq_shift=0, mid_block_scale_factor=1, norm_eps=1e-5,
-        mid_block_type="UNetMidBlock2DCrossAttn", num_attention_heads=None,
-        only_cross_attention=False, resnet_time_scale_shift="default", time_cond_proj_dim=None,
-        time_embedding_type="positional", transformer_layers_per_block=1,
-        use_linear_projection=False,
-    )  # fmt: skip
 
     def __init__(self, config: dict):
         super().__init__()
-        refuse_other_families(config)
-        check_config(config, needed=SD15["unet"], fixed=self.FIXED)
         self.config = dict(config)  # all it takes to build this network again
         self.gradient_checkpointing = False
         widths, depth = config["block_out_channels"], config["layers_per_block"]
-        groups, self.emb_channels = config["norm_num_groups"], widths[0]
-        emb_width = 4 * widths[0]
+        groups, self.emb_channels, emb_width = config["norm_num_groups"], widths[0], 4 * widths[0]
+        resnet = {"groups": groups, "eps": 1e-5, "emb_width": emb_width}
 
-        def resnet(c_in, c_out):
-            return ResnetBlock(c_in, c_out, emb_width, groups, eps=1e-5)
-
-        def transformers(kind, width, count):
+        def transformers(count, width):
             heads, text_width = config["attention_head_dim"], config["cross_attention_dim"]
-            if kind not in ("CrossAttn", "") or width % heads:
-                raise UserError(f"no {kind} blocks of {width} channels and {heads} heads here")
-            one = (SpatialTransformer(width, text_width, heads, groups) for _ in range(count))
-            return list(one) if kind == "CrossAttn" else []
+            return [SpatialTransformer(width, text_width, heads, groups) for _ in range(count)]
 
         self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
         linear_1, linear_2 = nn.Linear(widths[0], emb_width), nn.Linear(emb_width, emb_width)
-        self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
+        self.time_embedding = named({"linear_1": linear_1, "linear_2": linear_2})
 
+        last = len(widths) - 1  # the lowest resolution, where there is no attention
         self.down_blocks = nn.ModuleList()
         c, skips = widths[0], [widths[0]]
-        for name, width in zip(config["down_block_types"], widths, strict=True):
-            last = len(self.down_blocks) == len(widths) - 1
-            resnets = [resnet(c if i == 0 else width, width) for i in range(depth)]
-            attentions = transformers(name.removesuffix("DownBlock2D"), width, depth)
-            downsamplers = [] if last else [Downsample(width)]
-            self.down_blocks.append(Stage(resnets, attentions, downsamplers))
-            skips += [width] * (depth + len(downsamplers))
+        for level, width in enumerate(widths):
+            inputs, down = [c] + [width] * (depth - 1), level < last
+            attentions = transformers(depth if down else 0, width)
+            self.down_blocks.append(Stage(inputs, width, resnet, attentions, down=down))
+            skips += [width] * (depth + down)
             c = width
 
-        self.mid_block = Stage([resnet(c, c), resnet(c, c)], transformers("CrossAttn", c, 1))
+        self.mid_block = Stage([c, c], c, resnet, transformers(1, c))
 
         self.up_blocks = nn.ModuleList()
-        for name, width in zip(config["up_block_types"], reversed(widths), strict=True):
-            last = len(self.up_blocks) == len(widths) - 1
-            resnets = [resnet((width if i else c) + skips.pop(), width) for i in range(depth + 1)]
-            attentions = transformers(name.removesuffix("UpBlock2D"), width, depth + 1)
-            upsamplers = [] if last else [Upsample(width)]
-            self.up_blocks.append(Stage(resnets, attentions, upsamplers=upsamplers))
+        for level, width in reversed(list(enumerate(widths))):
+            inputs = [c_in + skips.pop() for c_in in [c] + [width] * depth]
+            attentions = transformers(depth + 1 if level < last else 0, width)
+            self.up_blocks.append(Stage(inputs, width, resnet, attentions, up=level > 0))
             c = width
 
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Predict the noise.
+        """x_t (B, 4, H, W), t (B,) long in 0 .. 999 -> eps (B, 4, H, W) in float32.
 
-        Args:
-            x: x_t (B, 4, H, W), H and W multiples of 8.
-            t: (B,) long in 0 .. 999.
-            text: text states (B, N, 768); all N are attended, padding included.
-
-        Returns:
-            eps (B, 4, H, W), in float32.
+        H and W are multiples of 8; all of text (B, N, 768) is attended, padding included.
         """
         x = self.conv_in(x.to(self.conv_in.weight.dtype))
         text = text.to(x.dtype)
         emb = timestep_embedding(t, self.emb_channels).to(x.dtype)
-        linear_1, linear_2 = self.time_embedding.linear_1, self.time_embedding.linear_2
-        emb = F.silu(linear_2(F.silu(linear_1(emb))))  # every resnet begins with the outer SiLU
+        for linear in self.time_embedding.values():
+            emb = F.silu(linear(emb))
 
         skips = [x]
         for stage in self.down_blocks:
             for i in range(len(stage.resnets)):
                 x = self.run(stage.layer, i, x, emb, text)
                 skips.append(x)
-            for downsample in stage.downsamplers:
-                x = downsample(x)
+            if stage.downsamplers:
+                x = stage.resample(x)
                 skips.append(x)
-
-        for i in range(2):
-            x = self.run(self.mid_block.layer, i, x, emb, text)
-
+        x = self.run(self.mid_block, x, emb, text)
         for stage in self.up_blocks:
             for i in range(len(stage.resnets)):
                 x = self.run(stage.layer, i, x, emb, text, skips.pop())
-            for upsample in stage.upsamplers:
-                x = upsample(x)
+            x = stage.resample(x)
+
         x = F.silu(self.conv_norm_out(x))
         kind = "cpu" if x.is_meta else x.device.type
         with torch.autocast(kind, enabled=False):
@@ -409,249 +334,8 @@ class UNet(nn.Module):
         return layer(*inputs)
 
 
-def refuse_other_families(config: dict) -> None:
-    """Recognise the UNets that are most often mistaken for SD v1.5's.
-
-    Raises:
-        UserError: SDXL, SD 2.x, inpainting.
-    """
-    family = None
-    if config.get("addition_embed_type") == "text_time":
-        family = "Stable Diffusion XL"
-    elif config.get("in_channels") == 9:
-        family = "Stable Diffusion for inpainting"
-    elif config.get("use_linear_projection") or config.get("cross_attention_dim") == 1024:
-        family = "Stable Diffusion 2.x"
-    if family:
-        raise UserError(f"this is the UNet of {family}; only that of Stable Diffusion v1.x will do")
-
-
 # --------------------------------------------------------------------------------------------------
-# The text encoder
-
-
-class TextLayer(nn.Module):
-    """Pre-norm transformer layer: causal self-attention and an MLP with the quick GELU."""
-
-    def __init__(self, width: int, hidden: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.layer_norm1 = nn.LayerNorm(width)
-        names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
-        self.layer_norm2 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, 77, 768) -> the same shape."""
-        h, attn = self.layer_norm1(x), self.self_attn
-        q, k, v = attn.q_proj(h), attn.k_proj(h), attn.v_proj(h)
-        x = x + attn.out_proj(attention(q, k, v, self.heads, is_causal=True))
-        h = self.mlp.fc1(self.layer_norm2(x))
-        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))
-
-
-class TextEncoder(nn.Module):
-    """CLIP ViT-L/14's text transformer, 123,060,480 parameters, all hidden states of the end.
-
-    Args:
-        config: the fields of SD15["text_encoder"].
-
-    Raises:
-        UserError: the config describes another network.
-    """
-
-    FIXED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-
-    def __init__(self, config: dict):
-        super().__init__()
-        check_config(config, needed=SD15["text_encoder"], fixed=self.FIXED)
-        self.config = dict(config)
-        width, hidden = config["hidden_size"], config["intermediate_size"]
-        count, heads = config["num_hidden_layers"], config["num_attention_heads"]
-        layers = [TextLayer(width, hidden, heads) for _ in range(count)]
-        embeddings = {
-            "token_embedding": nn.Embedding(config["vocab_size"], width),
-            "position_embedding": nn.Embedding(config["max_position_embeddings"], width),
-        }
-        self.text_model = nn.ModuleDict(
-            {
-                "embeddings": nn.ModuleDict(embeddings),
-                "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
-                "final_layer_norm": nn.LayerNorm(width),
-            }
-        )
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, 77) long -> text states (B, 77, 768)."""
-        tokens, positions = self.text_model.embeddings.values()
-        x = tokens(ids) + positions.weight[: ids.shape[1]]
-        for layer in self.text_model.encoder.layers:
-            x = layer(x)
-        return self.text_model.final_layer_norm(x)
-
-    @staticmethod
-    def rename(name: str) -> str | None:
-        """A released file's name -> ours; None for what is not needed."""
-        name = "text_model." + name.removeprefix("text_model.")  # transformers 5 leaves it away
-        return None if name == "text_model.embeddings.position_ids" else name
-
-
-# --------------------------------------------------------------------------------------------------
-# The decoders
-
-
-class PixelAttention(Attention):
-    """Single-head self-attention of the pixels, after a group norm, added to the input."""
-
-    def __init__(self, width: int, groups: int):
-        super().__init__(width, width, heads=1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
-
-    def forward(self, x: Tensor, text: None = None) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W); there is no text here."""
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        return x + super().forward(tokens, tokens).transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-class VAEDecoder(nn.Module):
-    """The decoder of SD v1.5's autoencoder, 49,490,199 parameters:
-
-        name                       layers                         channels     resolution
-        post_quant_conv (1x1)                                     4 -> 4       64
-        decoder.conv_in                                           4 -> 512     64
-        decoder.mid_block          resnet, attention, resnet      512          64
-        decoder.up_blocks.0, .1    3 x resnet, up                 512          64 -> 256
-        decoder.up_blocks.2        3 x resnet, up                 256          256 -> 512
-        decoder.up_blocks.3        3 x resnet                     128          512
-        decoder.conv_norm_out, SiLU, decoder.conv_out             128 -> 3     512
-
-    Args:
-        config: the fields of SD15["vae"], and optionally `scaling_factor`, the standard deviation
-            of the latents that the UNet sees divided by that of the autoencoder's.
-
-    Raises:
-        UserError: the config describes another network.
-    """
-
-    FIXED = dict(
-        act_fn="silu", mid_block_add_attention=True, shift_factor=None, use_post_quant_conv=True
-    )  # fmt: skip
-
-    def __init__(self, config: dict):
-        super().__init__()
-        check_config(config, needed=SD15["vae"], fixed=self.FIXED)
-        self.config = dict(config)
-        self.scaling_factor = config.get("scaling_factor", 0.18215)
-        widths, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
-
-        def resnet(c_in, c_out):
-            return ResnetBlock(c_in, c_out, 0, groups, eps=1e-6)
-
-        c = widths[0]
-        mid_block = Stage([resnet(c, c), resnet(c, c)], [PixelAttention(c, groups)])
-        up_blocks = nn.ModuleList()
-        for width in widths:
-            count, last = config["layers_per_block"] + 1, len(up_blocks) == len(widths) - 1
-            resnets = [resnet(width if i else c, width) for i in range(count)]
-            up_blocks.append(Stage(resnets, upsamplers=[] if last else [Upsample(width)]))
-            c = width
-        latent_channels = config["latent_channels"]
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.decoder = nn.ModuleDict(
-            {
-                "conv_in": nn.Conv2d(latent_channels, widths[0], 3, padding=1),
-                "mid_block": mid_block,
-                "up_blocks": up_blocks,
-                "conv_norm_out": nn.GroupNorm(groups, c, eps=1e-6),
-                "conv_out": nn.Conv2d(c, config["out_channels"], 3, padding=1),
-            }
-        )
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """The UNet's latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
-        x = latents.to(self.post_quant_conv.weight.dtype) / self.scaling_factor
-        x = self.decoder.conv_in(self.post_quant_conv(x))
-        for stage in [self.decoder.mid_block, *self.decoder.up_blocks]:
-            for i in range(len(stage.resnets)):
-                x = stage.layer(i, x)
-            for upsample in stage.upsamplers:
-                x = upsample(x)
-        return self.decoder.conv_out(F.silu(self.decoder.conv_norm_out(x)))
-
-    @staticmethod
-    def rename(name: str) -> str | None:
-        """A released file's name -> ours; None for what is not needed, the encoder."""
-        if name.startswith(("encoder.", "quant_conv.")):
-            return None
-        if ".attentions." in name:
-            older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-            for old, new in older.items():
-                name = name.replace(f".{old}.", f".{new}.")
-        return name
-
-
-class TinyBlock(nn.Module):
-    """Three 3x3 convolutions beside a skip path."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
-        self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W)."""
-        return F.relu(self.conv(x) + x)
-
-
-class TinyDecoder(nn.Module):
-    """TAESD's decoder, 1,222,531 parameters: the VAE's decoder, distilled into 3x3 convolutions.
-
-    Args:
-        config: the fields of SD15["tiny_vae"].
-
-    Raises:
-        UserError: the config describes another network.
-    """
-
-    FIXED = dict(
-        act_fn="relu", latent_magnitude=3, latent_shift=0.5, scaling_factor=1,
-        upsampling_scaling_factor=2,
-    )  # fmt: skip
-
-    def __init__(self, config: dict):
-        super().__init__()
-        check_config(config, needed=SD15["tiny_vae"], fixed=self.FIXED)
-        self.config = dict(config)
-        counts, width = config["num_decoder_blocks"], config["decoder_block_out_channels"][0]
-        if set(config["decoder_block_out_channels"]) != {width}:
-            raise UserError("decoder_block_out_channels must all be equal")
-        layers = [nn.Conv2d(config["latent_channels"], width, 3, padding=1), nn.ReLU()]
-        for level, count in enumerate(counts):
-            layers += [TinyBlock(width) for _ in range(count)]
-            if level < len(counts) - 1:
-                layers += [nn.Upsample(scale_factor=2)]
-                layers += [nn.Conv2d(width, width, 3, padding=1, bias=False)]
-        layers += [nn.Conv2d(width, config["out_channels"], 3, padding=1)]
-        self.decoder = nn.ModuleDict({"layers": nn.Sequential(*layers)})
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """The UNet's latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
-        first = self.decoder.layers[0]
-        x = 3 * torch.tanh(latents / 3)  # a soft clamp: no latent is far outside
-        return 2 * self.decoder.layers(x.to(first.weight.dtype)) - 1
-
-    @staticmethod
-    def rename(name: str) -> str | None:
-        """A released file's name -> ours; None for what is not needed, the encoder."""
-        if match := re.fullmatch(r"(\d+)\.(.+)", name):
-            # The author's own files count the clamp as entry 0.
-            return f"decoder.layers.{int(match[1]) - 1}.{match[2]}"
-        return None if name.startswith("encoder.") else name
-
-
-# --------------------------------------------------------------------------------------------------
-# The tokenizer
+# Text: the tokenizer and the encoder
 
 
 class CLIPTokenizer:
@@ -660,31 +344,20 @@ class CLIPTokenizer:
     The text is composed (NFC), its white space squeezed, and lower-cased; cut into runs of letters,
     single digits, runs of other signs and a few English endings; and each piece's UTF-8 bytes are
     merged by the ranked list of pairs. There is no unknown word.
-
-    Args:
-        vocab_file, merges_file: vocab.json and merges.txt of the tokenizer's folder.
-
-    Raises:
-        UserError: unreadable files.
     """
 
-    START, END = "<|startoftext|>", "<|endoftext|>"
+    START, END, ROOM = "<|startoftext|>", "<|endoftext|>", 75
     PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
-    def __init__(self, vocab_file: Path, merges_file: Path, length: int = 77):
-        self.length = length
+    def __init__(self, vocab_file: Path, merges_file: Path):
         vocab = read_json(vocab_file)
-        try:
-            # Only the first line is a comment: there are real merges that begin with #.
-            lines = merges_file.read_text(encoding="utf-8").split("\n")[1:]
-            merges = [tuple(line.split(" ")) for line in lines if line]
-            bpe = models.BPE(vocab, merges, unk_token=self.END, end_of_word_suffix="</w>")
-            self.start, self.end = vocab[self.START], vocab[self.END]
-            self.size = 1 + max(vocab.values())
-        except Exception as error:  # the library raises plain Exceptions
-            raise UserError(
-                f"{vocab_file} and {merges_file.name} are no CLIP vocabulary ({error!r})"
-            ) from None
+        # Only the first line is a comment: there are real merges that begin with #.
+        lines = merges_file.read_text(encoding="utf-8").split("\n")[1:]
+        merges = [tuple(line.split(" ")) for line in lines if line]
+        if len(vocab) != 2 * 256 + len(merges) + 2:  # bytes, bytes that end a word; the marks
+            raise UserError(f"{vocab_file} and {merges_file.name} do not belong together")
+        bpe = models.BPE(vocab, merges, unk_token=self.END, end_of_word_suffix="</w>")
+        self.start, self.end = vocab[self.START], vocab[self.END]
         self.bpe = Tokenizer(bpe)
         squeeze = normalizers.Replace(Regex(r"\s+"), " ")
         cleaning = [normalizers.NFC(), squeeze, normalizers.Lowercase()]
@@ -695,26 +368,162 @@ class CLIPTokenizer:
         self.bpe.add_special_tokens([self.START, self.END])  # as such where a prompt has them
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        """Prompts -> ids (B, 77) long. Warns of a prompt that is too long, and says what it lost.
-
-        Raises:
-            TypeError: a single string, which would be taken for a list of letters.
-        """
+        """Prompts -> ids (B, 77) long. Warns of a prompt that is too long: what is cut off."""
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, not one string")
         rows = []
         for prompt in prompts:
-            encoding, room = self.bpe.encode(prompt, add_special_tokens=False), self.length - 2
-            if len(encoding.ids) > room:
-                lost = prompt[encoding.offsets[room][0] :]
+            encoding = self.bpe.encode(prompt)
+            ids = [self.start, *encoding.ids[: self.ROOM], self.end]
+            rows.append(ids + [self.end] * (self.ROOM + 2 - len(ids)))
+            if len(encoding.ids) > self.ROOM:
                 warnings.warn(
-                    f"a prompt has {len(encoding.ids)} tokens, the text encoder takes {room}; "
-                    f"cut off: {lost!r}",
+                    f"a prompt has {len(encoding.ids)} tokens, the text encoder takes {self.ROOM}; "
+                    f"cut off: {prompt[encoding.offsets[self.ROOM][0] :]!r}",
                     stacklevel=2,
                 )
-            ids = [self.start, *encoding.ids[:room], self.end]
-            rows.append(ids + [self.end] * (self.length - len(ids)))
-        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self.length)
+        return torch.tensor(rows, dtype=torch.long).reshape(-1, self.ROOM + 2)
+
+
+class TextLayer(nn.Module):
+    """Causal self-attention and an MLP with the quick GELU, (B, 77, 768) -> (B, 77, 768)."""
+
+    def __init__(self, width: int, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.layer_norm1 = nn.LayerNorm(width)
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = named({name: nn.Linear(width, width) for name in names})
+        self.layer_norm2 = nn.LayerNorm(width)
+        self.mlp = named({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, attn = self.layer_norm1(x), self.self_attn
+        q, k, v = attn.q_proj(h), attn.k_proj(h), attn.v_proj(h)
+        x = x + attn.out_proj(attention(q, k, v, self.heads, is_causal=True))
+        h = self.mlp.fc1(self.layer_norm2(x))
+        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))
+
+
+class TextEncoder(nn.Module):
+    """CLIP ViT-L/14's text transformer, 123,060,480 parameters, all hidden states of the end."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = dict(config)
+        width, hidden = config["hidden_size"], config["intermediate_size"]
+        count, heads = config["num_hidden_layers"], config["num_attention_heads"]
+        layers = nn.ModuleList([TextLayer(width, hidden, heads) for _ in range(count)])
+        embeddings = {
+            "token_embedding": nn.Embedding(config["vocab_size"], width),
+            "position_embedding": nn.Embedding(config["max_position_embeddings"], width),
+        }
+        final = nn.LayerNorm(width)
+        parts = {"embeddings": embeddings, "encoder": {"layers": layers}, "final_layer_norm": final}
+        self.text_model = named(parts)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, 77) long -> text states (B, 77, 768)."""
+        tokens, positions = self.text_model.embeddings.values()
+        x = tokens(ids) + positions.weight[: ids.shape[1]]
+        for layer in self.text_model.encoder.layers:
+            x = layer(x)
+        return self.text_model.final_layer_norm(x)
+
+
+# --------------------------------------------------------------------------------------------------
+# The decoders
+
+
+class PixelAttention(Attention):
+    """Single-head self-attention of the pixels (there is no text), (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__(width, width, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+
+    def forward(self, x: Tensor, text: None) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        return x + super().forward(tokens, tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class VAEDecoder(nn.Module):
+    """The decoder of SD v1.5's autoencoder, 49,490,199 parameters:
+
+    name                       layers                         channels     resolution
+    post_quant_conv (1x1)                                     4 -> 4       64
+    decoder.conv_in                                           4 -> 512     64
+    decoder.mid_block          resnet, attention, resnet      512          64
+    decoder.up_blocks.0, .1    3 x resnet, up                 512          64 -> 256
+    decoder.up_blocks.2        3 x resnet, up                 256          256 -> 512
+    decoder.up_blocks.3        3 x resnet                     128          512
+    decoder.conv_norm_out, SiLU, decoder.conv_out             128 -> 3     512
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = dict(config)
+        self.scaling_factor = config["scaling_factor"]
+        widths, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
+        resnet, c = {"groups": groups, "eps": 1e-6}, widths[0]
+        mid_block, up_blocks = Stage([c, c], c, resnet, [PixelAttention(c, groups)]), []
+        for level, width in enumerate(widths):
+            inputs = [c] + [width] * config["layers_per_block"]
+            up_blocks.append(Stage(inputs, width, resnet, up=level < len(widths) - 1))
+            c = width
+        latent_channels = config["latent_channels"]
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        parts = {
+            "conv_in": nn.Conv2d(latent_channels, widths[0], 3, padding=1),
+            "mid_block": mid_block,
+            "up_blocks": nn.ModuleList(up_blocks),
+            "conv_norm_out": nn.GroupNorm(groups, c, eps=1e-6),
+            "conv_out": nn.Conv2d(c, config["out_channels"], 3, padding=1),
+        }
+        self.decoder = named(parts)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """The UNet's latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
+        x = latents.to(self.post_quant_conv.weight.dtype) / self.scaling_factor
+        x = self.decoder.conv_in(self.post_quant_conv(x))
+        for stage in [self.decoder.mid_block, *self.decoder.up_blocks]:
+            x = stage(x)
+        return self.decoder.conv_out(F.silu(self.decoder.conv_norm_out(x)))
+
+
+class TinyBlock(nn.Module):
+    """Three 3x3 convolutions beside a skip path, (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
+        self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + x)
+
+
+class TinyDecoder(nn.Module):
+    """TAESD's decoder, 1,222,531 parameters: the VAE's decoder, distilled into 3x3 convolutions."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = dict(config)
+        counts, width = config["num_decoder_blocks"], config["decoder_block_out_channels"][0]
+        layers = [nn.Conv2d(config["latent_channels"], width, 3, padding=1), nn.ReLU()]
+        for level, count in enumerate(counts):
+            layers += [TinyBlock(width) for _ in range(count)]
+            if level < len(counts) - 1:
+                layers += [nn.Upsample(scale_factor=2)]
+                layers += [nn.Conv2d(width, width, 3, padding=1, bias=False)]
+        layers += [nn.Conv2d(width, config["out_channels"], 3, padding=1)]
+        self.decoder = named({"layers": nn.Sequential(*layers)})
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """The UNet's latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
+        first = self.decoder.layers[0]
+        x = 3 * torch.tanh(latents / 3)  # a soft clamp: no latent is far outside
+        return 2 * self.decoder.layers(x.to(first.weight.dtype)) - 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -728,25 +537,20 @@ class GuidedUNet(nn.Module):
         unet: eps(x_t, t, text).
         null_text: text states of the empty prompt, (1, 77, 768).
         scale: w > 0; 1 is no guidance (then the UNet is called on the prompts alone).
-
-    Raises:
-        UserError: scale is not above 0.
     """
 
     def __init__(self, unet: nn.Module, null_text: Tensor, scale: float):
         super().__init__()
-        if not scale > 0:
-            raise UserError(f"guidance must be above 0, not {scale}; 1 is no guidance")
         self.unet, self.scale = unet, scale
         self.register_buffer("null_text", null_text, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Arguments as for UNet; eps (B, 4, H, W) in float32."""
+        """Arguments as for UNet; eps (B, 4, H, W)."""
         if self.scale == 1:
-            return self.unet(x, t, text).float()
-        null = self.null_text.to(text.dtype).expand_as(text)
+            return self.unet(x, t, text)
+        null = self.null_text.expand_as(text)
         both = self.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, text]))
-        eps_u, eps_c = both.float().chunk(2)
+        eps_u, eps_c = both.chunk(2)
         return eps_u + self.scale * (eps_c - eps_u)
 
 
@@ -761,11 +565,9 @@ class SDDenoiser(nn.Module):
             convert it alone, since .half() of the whole would round the noise table as well.
     """
 
-    z_scale = 1.0
-
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.net = net
+        self.net, self.z_scale = net, 1.0
         alpha, sigma = sd_noise_table()
         self.register_buffer("alpha", alpha.float(), persistent=False)
         self.register_buffer("sigma", sigma.float(), persistent=False)
@@ -773,16 +575,12 @@ class SDDenoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """Eq. 11: mu = (x_t - sigma_t eps) / alpha_t, in float32 whatever the UNet's dtype.
 
+        x_t (B, 4, H, W), t (B,) long in 0 .. 999, cond: text states (B, 77, 768) -> (B, 4, H, W).
         At t = 999, alpha is 0.068: an error of eps counts 14.6 times.
-
-        Args:
-            x_t: (B, 4, H, W).
-            t: (B,) long in 0 .. 999.
-            cond: text states (B, 77, 768).
         """
-        eps = self.net(x_t, t, cond).float()
+        eps = self.net(x_t, t, cond)
         alpha_t, sigma_t = (table[t][:, None, None, None] for table in (self.alpha, self.sigma))
-        return (x_t.float() - sigma_t * eps) / alpha_t
+        return (x_t - sigma_t * eps) / alpha_t  # float32, since the tables are
 
 
 ADAMS_BASHFORTH = {  # weights of the newest noise prediction, of the one before, ...
@@ -809,14 +607,9 @@ def pndm_sample(eps: Callable, z: Tensor, text: Tensor | None, steps: int = 50) 
 
     Returns:
         y, the ODE's solution (B, C, H, W) in float32; the state is kept in float64.
-
-    Raises:
-        UserError: steps out of range.
     """
-    if not 2 <= steps < T:
-        raise UserError(f"PNDM's steps must be 2 to {T - 1}, not {steps}")
     alpha, sigma = (table.tolist() for table in sd_noise_table())
-    x, stride, history = z.double(), T // steps, []
+    x, stride, history = z, T // steps, []
 
     def predict(x, t):
         return eps(x.float(), torch.full((len(x),), t, device=x.device), text).double()
@@ -851,7 +644,6 @@ class StableDiffusion:
     vae: VAEDecoder | None = None
     tiny_vae: TinyDecoder | None = None
 
-    @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Prompts -> text states (B, 77, 768), in the text encoder's dtype."""
         device = self.text_encoder.text_model.final_layer_norm.weight.device
@@ -862,59 +654,37 @@ class StableDiffusion:
         return (self.tiny_vae if tiny else self.vae)(latents).float()
 
 
-NETWORKS = {  # part -> class, folder, stems of the weights' file names
-    "unet": (UNet, "unet", ("diffusion_pytorch_model",)),
-    "text_encoder": (TextEncoder, "text_encoder", ("model", "pytorch_model")),
-    "vae": (VAEDecoder, "vae", ("diffusion_pytorch_model",)),
-    "tiny_vae": (TinyDecoder, "", ("diffusion_pytorch_model", "taesd_decoder")),
-}
+NETWORKS = {"unet": UNet, "text_encoder": TextEncoder, "vae": VAEDecoder, "tiny_vae": TinyDecoder}
 
 
 def load_sd(
     source: str | Path = SD15_REPO,
     parts: Sequence[str] = ("unet", "text_encoder", "vae"),
-    tiny_source: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
 ) -> StableDiffusion:
     """Load Stable Diffusion v1.x, every network in eval mode, all but the UNet frozen.
 
     Args:
         source: a folder in the diffusers layout, or a repository of the Hugging Face Hub; only the
             files needed are downloaded, into the Hub's cache.
-        parts: of "unet", "text_encoder" (brings the tokenizer) and "vae".
-        tiny_source: the same for the tiny decoder, e.g. TAESD_REPO; None: no tiny decoder.
+        parts: of "unet", "text_encoder" (brings the tokenizer), "vae" and "tiny_vae".
         dtype: of the weights in memory, whatever that of the files.
-        device: networks are moved there one by one.
-
-    Raises:
-        UserError: files that are missing, damaged, or of another model; no network.
     """
     if "unet" in parts:
-        check_schedule(source)
-    networks = {part: load_network(part, source, dtype).to(device) for part in parts}
-    if tiny_source is not None:
-        networks["tiny_vae"] = load_network("tiny_vae", tiny_source, dtype).to(device)
-    for part, network in networks.items():
-        network.requires_grad_(part == "unet")
-    if "text_encoder" in parts:
-        networks["tokenizer"] = load_tokenizer(source, networks["text_encoder"])
-    sd = StableDiffusion(**networks)
-    if sd.unet and sd.text_encoder:
-        widths = sd.unet.config["cross_attention_dim"], sd.text_encoder.config["hidden_size"]
-        if widths[0] != widths[1]:
-            raise UserError(
-                f"{source}: the UNet attends to text states of width {widths[0]}, "
-                f"the text encoder gives {widths[1]}"
-            )
+        scheduler_file = find_file(source, "scheduler/scheduler_config.json")
+        check_config("scheduler", read_json(scheduler_file), scheduler_file)
+    sd = StableDiffusion()
+    for part in parts:
+        network = load_network(part, source, dtype).requires_grad_(part == "unet")
+        setattr(sd, part, network)
+    if sd.text_encoder:
+        files = (find_file(source, f"tokenizer/{name}") for name in ("vocab.json", "merges.txt"))
+        sd.tokenizer = CLIPTokenizer(*files)
     return sd
 
 
 def load_network(
-    part: str,
-    source: str | Path,
-    dtype: torch.dtype = torch.float32,
-    config: dict | None = None,
+    part: str, source: str | Path, dtype: torch.dtype = torch.float32, config: dict | None = None
 ) -> nn.Module:
     """Load one network: built without memory, then given the file's tensors as its parameters.
 
@@ -923,153 +693,92 @@ def load_network(
         source: as for load_sd, or the weights' file itself.
         dtype: of the weights in memory. Half precision prefers the .fp16 files, float32 the others.
         config: default: config.json of the folder; of a single file, SD v1.5's.
-
-    Raises:
-        UserError: files that are missing, damaged, or of another model; no network.
     """
-    network = NETWORKS[part][0]
     weights_file, config_file = find_weights(part, source, dtype)
-    try:
-        config = config or (read_json(config_file) if config_file else SD15[part])
-        with torch.device("meta"):
-            net = network(config)
-    except UserError as error:
-        raise UserError(f"{config_file or weights_file}: {error}") from None
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f"{config_file or weights_file} describes no network ({e!r})") from None
-    load_strictly(net, read_weights(weights_file, network, dtype), weights_file, assign=True)
+    config = SD15[part] | (config or (read_json(config_file) if config_file else {}))
+    check_config(part, config, config_file or weights_file)
+    with torch.device("meta"):
+        net = NETWORKS[part](config)
+    load_strictly(net, read_weights(part, weights_file, dtype), weights_file, assign=True)
     return net.eval()
+
+
+def check_config(part: str, config: dict, path: Path) -> None:
+    """Refuse other models where the names and shapes of their weights do not tell."""
+    for field, only in SUPPORTED[part].items():
+        if (value := config.get(field, only)) != only:
+            raise UserError(
+                f"{path}: {field} = {value!r} is not supported, only {only!r} (SD v1.x)"
+            )
 
 
 def find_weights(
     part: str, source: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[Path, Path | None]:
-    """The files of one network -> its weights, its config.json (None beside a single file).
-
-    Args: as for load_network.
-
-    Raises:
-        UserError: there are no weights.
-    """
+    """The weights and config.json (None beside a single file) of one network, see load_network."""
     if Path(source).is_file():
         return Path(source), None
-    _, folder, stems = NETWORKS[part]
+    is_text = part == "text_encoder"  # transformers' names instead of diffusers'
+    stems = ("model", "pytorch_model") if is_text else ("diffusion_pytorch_model",)
     middles = ("", ".fp16") if dtype == torch.float32 else (".fp16", "")
     suffixes = [middle + end for middle in middles for end in (".safetensors", ".bin")]
-    names = [stem + suffix for suffix in suffixes for stem in stems]
-    config_file = find_file(source, folder, ["config.json"])
-    weights_file = find_file(source, folder, names)
-    if weights_file is None:
-        raise UserError(f"{Path(source, folder)} holds none of {', '.join(names)}")
-    return weights_file, config_file
+    names = [f"{part}/{stem}{suffix}" for suffix in suffixes for stem in stems]
+    return find_file(source, *names), find_file(source, f"{part}/config.json")
 
 
-def read_weights(path: Path, network: type, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Read a .safetensors or .bin file -> tensors under our names, without those not needed.
-
-    Raises:
-        UserError: damaged file.
-    """
-    if path.suffix == ".safetensors":
-        found = read_tensors(path)[0]
+def find_file(source: str | Path, *names: str) -> Path:
+    """The first of `names`, such as "unet/config.json", in a folder or in a repository."""
+    if local := Path(source).is_dir():
+        path = next((path for name in names if (path := Path(source, name)).is_file()), None)
+    elif str(source).count("/") == 1:
+        path = find_on_hub(str(source), names)
     else:
-        try:
-            mmap = zipfile.is_zipfile(path)  # other, older files must be read as a whole
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except Exception as error:  # pickle, zip and torch raise many kinds
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
-            raise UserError(f"{path} cannot be read as weights ({reason})") from None
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise UserError(f"{path} holds something else than named tensors")
-    rename = getattr(network, "rename", lambda name: name)
-    tensors = {}
-    for name in list(found):
-        tensor = found.pop(name)  # at no time are all tensors there twice
-        if new_name := rename(name):
-            if network is VAEDecoder and ".attentions." in name and tensor.ndim == 4:
-                tensor = tensor[:, :, 0, 0]  # some converters keep a linear map as a 1x1 conv
-            tensors[new_name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    return tensors
-
-
-def check_schedule(source: str | Path) -> None:
-    """Refuse a model that was trained with other noise levels or predicts something else.
-
-    Raises:
-        UserError: v-prediction, another schedule.
-    """
-    path = find_file(source, "scheduler", ["scheduler_config.json"])
+        raise UserError(f"{source} is neither a folder here nor a Hub repository (owner/name)")
     if path is None:
-        return
-    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    others = {
-        "num_train_timesteps": T,
-        "prediction_type": "epsilon",
-        "rescale_betas_zero_snr": False,
-        "trained_betas": None,
-    }
-    try:
-        check_config(read_json(path), needed=schedule, fixed=schedule | others)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        hint = "" if local else "; it is no folder here, and is there a network?"
+        raise UserError(f"{source} holds none of {', '.join(names)}{hint}")
+    return path
 
 
-def load_tokenizer(source: str | Path, text_encoder: TextEncoder) -> CLIPTokenizer:
-    """Read the tokenizer's two files.
-
-    Raises:
-        UserError: missing or damaged files, or more words than the text encoder knows.
-    """
-    files = []
-    for name in ("vocab.json", "merges.txt"):
-        files.append(find_file(source, "tokenizer", [name]))
-        if files[-1] is None:
-            raise UserError(f"{Path(source, 'tokenizer')} holds no {name}")
-    config = text_encoder.config
-    tokenizer = CLIPTokenizer(*files, length=config["max_position_embeddings"])
-    if tokenizer.size > config["vocab_size"]:
-        raise UserError(
-            f"{files[0]} has {tokenizer.size} words, the text encoder {config['vocab_size']}"
-        )
-    return tokenizer
-
-
-def find_file(source: str | Path, folder: str, names: Sequence[str]) -> Path | None:
-    """The first of `names` that exists in a folder of `source`, or None.
-
-    Args:
-        source: a local folder or "owner/name" on the Hub, whose local cache is asked first.
-
-    Raises:
-        UserError: neither a folder nor a repository; not in the cache and no network.
-    """
-    if Path(source).is_dir():
-        return next((p for name in names if (p := Path(source, folder, name)).is_file()), None)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise UserError(f"{source} does not exist; a Hub repository is written owner/name")
-
+def find_on_hub(repo: str, names: Sequence[str]) -> Path | None:
+    """The first of a repository's files that is in the Hub's local cache or can be downloaded."""
     # Only repositories need this package.
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
-    offline = False
-    for path in (f"{folder}/{name}" if folder else name for name in names):
-        if isinstance(cached := try_to_load_from_cache(str(source), path), str):
-            return Path(cached)
+    online = True
+    for name in names:
+        if name.startswith("tiny_vae/"):  # no part of Stable Diffusion's repositories
+            repo, name = TAESD_REPO, name.removeprefix("tiny_vae/")
         try:
-            if not offline:
-                return Path(hf_hub_download(str(source), path))
+            if isinstance(cached := try_to_load_from_cache(repo, name), str):
+                return Path(cached)
+            if online:
+                return Path(hf_hub_download(repo, name))
         except errors.LocalEntryNotFoundError:
-            offline = True  # and do not wait again; the cache may have the next one
+            online = False  # do not wait again; the cache may have the next one
         except errors.EntryNotFoundError:
-            pass  # the repository has no such file; perhaps the next one
+            pass
         except (OSError, ValueError) as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise UserError(
-                f"{source} is not here, and the Hub does not give {path} ({reason})"
-            ) from None
-    if offline:
-        raise UserError(
-            f"{path} of {source} is not in the Hub's cache and cannot be downloaded: is there a "
-            "network? A local folder with the same files will do"
-        )
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{repo} is no folder here, and the Hub says: {reason}") from None
     return None
+
+
+# What the released files hold beside what is needed here, and their names of the VAE's attention.
+NOT_NEEDED = ("encoder.", "quant_conv.", "text_model.embeddings.position_ids")
+OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def read_weights(part: str, path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Read a .safetensors or .bin file -> tensors under our names, without those not needed."""
+    tensors = {}
+    with one_line_errors(path):
+        found = read_tensors(path)[0] if path.suffix == ".safetensors" else torch_load(path)
+        for name, tensor in found.items():
+            if part == "text_encoder":
+                name = "text_model." + name.removeprefix("text_model.")  # transformers 5 omits it
+            for older, newer in OLDER.items():
+                name = name.replace(f".{older}.", f".{newer}.")
+            if not name.startswith(NOT_NEEDED):
+                tensors[name] = tensor.to(dtype)
+    return tensors
