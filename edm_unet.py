@@ -17,12 +17,17 @@ never needs them: the augmentation embedding (`map_augment`) and the constant 2x
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmd_loss import T
+from dmd_loss import SIGMA_DATA, T
+from plumbing.edm_files import read_edm_file
+from plumbing.files import load_strictly
+from plumbing.foreign import one_line_errors
+from plumbing.options import UserError
 
 SIGMA_MAX = 80.0  # EDM's largest noise level, where sampling starts
 
@@ -226,9 +231,6 @@ class SongUNet(nn.Module):
         dropout: rate during training of the denoiser; DMD runs every network in eval mode.
         augment_dim, embedding_type, encoder_type, decoder_type, resample_filter: recorded in EDM's
             files. The first is ignored (see the module's docstring), the others must be DDPM++'s.
-
-    Raises:
-        ValueError: for the options of NCSN++, which DMD does not use.
     """
 
     def __init__(
@@ -388,9 +390,6 @@ class EDMPrecond(nn.Module):
         use_fp16, sigma_min, sigma_max: recorded in EDM's files, ignored: precision is the caller's
             choice (torch.autocast), and any sigma > 0 is accepted.
         **network: further arguments of the network class.
-
-    Raises:
-        ValueError: unknown model_type or network arguments.
     """
 
     def __init__(
@@ -399,7 +398,7 @@ class EDMPrecond(nn.Module):
         img_channels: int,
         label_dim: int = 0,
         model_type: str = "DhariwalUNet",
-        sigma_data: float = 0.5,
+        sigma_data: float = SIGMA_DATA,
         use_fp16: bool = False,
         sigma_min: float = 0.0,
         sigma_max: float = math.inf,
@@ -446,12 +445,16 @@ class EDMPrecond(nn.Module):
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        norm = (sigma**2 + self.sigma_data**2).sqrt()
-        c_skip = (self.sigma_data / norm) ** 2
-        c_out = sigma * self.sigma_data / norm
-        c_noise = (sigma.log() / 4).flatten().expand(len(x))
+        c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
         labels = self.one_hot(class_labels, len(x), x.device)
-        return c_skip * x + c_out * self.model(x / norm, c_noise, labels).float()
+        out = self.model(c_in * x, c_noise.flatten().expand(len(x)), labels)
+        return c_skip * x + c_out * out.float()
+
+
+def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """EDM Table 1, "Ours": c_skip, c_out, c_in, c_noise, each in sigma's shape."""
+    norm = (sigma**2 + sigma_data**2).sqrt()
+    return (sigma_data / norm) ** 2, sigma * sigma_data / norm, 1 / norm, sigma.log() / 4
 
 
 def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = SIGMA_MAX, rho: float = 7.0):
@@ -510,3 +513,56 @@ class EDMDenoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """x_t (B, C, R, R), t (B,) long in 0..999, cond (B,) long or None -> estimate of x_0."""
         return self.net(x_t, self.sigma[t], cond)
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
+
+
+def load_edm(path: str | Path, architectures: dict[str, dict] | None = None) -> EDMPrecond:
+    """An EDM network from NVIDIA's pickle, a state dict of torch.save, or safetensors.
+
+    Args:
+        architectures: {name: arguments of EDMPrecond}; a file that does not record its arguments is
+            compared with these.
+
+    Returns:
+        the network in eval mode, float32, on the CPU, without gradients.
+    """
+    return load_edm_with_metadata(path, architectures or {})[0]
+
+
+def load_edm_with_metadata(
+    path: str | Path, architectures: dict[str, dict]
+) -> tuple[EDMPrecond, dict]:
+    """load_edm, and what the file says beside the weights (see edm_files.read_edm_file)."""
+    path, what = Path(path), "it"
+    with one_line_errors(path):
+        tensors, kwargs, metadata = read_edm_file(path)
+        if kwargs is None:
+            nearest = nearest_architecture(tensors, architectures)
+            what = f"it fits none of {', '.join(architectures)}; beside the nearest, {nearest}, it"
+            kwargs = architectures[nearest]
+        net = empty_network(kwargs).to_empty(device="cpu")  # it has no buffers
+        load_strictly(net, tensors, what)
+    return net.eval().requires_grad_(False), metadata
+
+
+def empty_network(kwargs: dict) -> EDMPrecond:
+    """The network on torch's meta device: names and shapes, no memory."""
+    try:
+        with torch.device("meta"):
+            return EDMPrecond(**kwargs)
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise UserError(f"its network cannot be built: {error}") from error
+
+
+def nearest_architecture(tensors: dict[str, Tensor], architectures: dict[str, dict]) -> str:
+    """The architecture that differs in the fewest names and shapes."""
+    found = {(name, value.shape) for name, value in tensors.items()}
+
+    def differences(name: str) -> int:
+        state = empty_network(architectures[name]).state_dict()
+        return len(found ^ {(name, value.shape) for name, value in state.items()})
+
+    return min(architectures, key=differences)

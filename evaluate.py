@@ -4,7 +4,6 @@
     python evaluate.py --rows student                      MNIST without the slow teacher
     torchrun --nproc-per-node 8 evaluate.py --checkpoint runs/imagenet64        eight GPUs
     torchrun --nproc-per-node 8 evaluate.py --dataset imagenet64 --teacher --steps 256
-    python evaluate.py --train-classifier                  remake MNIST's classifier and statistics
 
 Rows: the student (1 evaluation of the network), the teacher (N Heun steps, 2 N - 1 evaluations) and
 the untrained student (the teacher's single step: G before training).
@@ -38,11 +37,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp, pick_device
-from plumbing.digits import measure, train_classifier
-from plumbing.edm_files import fetch
+from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp
+from plumbing.digits import measure
+from plumbing.downloads import fetch
 from plumbing.fid import (
-    EDM_REFERENCES,
     INCEPTION_HASH,
     FeatureStatistics,
     frechet_distance,
@@ -55,17 +53,11 @@ from plumbing.fid import (
 from plumbing.files import file_hash, read_header, to_uint8, write_json
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import sample_noise
-from teachers import (
-    Teacher,
-    check_teaches,
-    find_generator,
-    is_sd_unet,
-    load_generator,
-    load_teacher,
-)
+from teachers import check_teaches, find_generator, is_sd_unet, load_generator, load_teacher
 from workloads import WORKLOADS, get_workload
 
 ROWS = ("student", "teacher", "untrained")
+ONLY_FID, ONLY_MNIST = ("seed_start", "reference", "inception", "statistics"), ("seed",)
 
 
 @dataclass
@@ -81,18 +73,18 @@ class Config(Options):
         None, "the generator's; needed only for a teacher without a generator", tuple(WORKLOADS)
     )
     rows: tuple[str, ...] = option(
-        (), f"what to measure: {', '.join(ROWS)} (default: student; mnist: all)"
+        (), f"what to measure: {', '.join(ROWS)} (default: student; mnist: all)", ROWS
     )
     teacher: bool = option(False, "the same as --rows teacher")
-    samples: int | None = option(None, "images per row (default: 50000; mnist: 10000)")
-    steps: int | None = option(None, "Heun steps of the teacher (default: the dataset's)")
+    samples: int | None = option(None, "images per row (default: 50000; mnist: 10000)", least=2)
+    steps: int | None = option(None, "Heun steps of the teacher (default: the dataset's)", least=1)
     teacher_weights: str | None = option(None, "teacher weights (default: the dataset's own)")
     json: str | None = option(None, "write the numbers to this file too")
     amp: str = option("off", "half precision of generator and teacher: bf16, fp16, ...", AMP)
-    batch_size: int | None = option(None, "images at a time (default: 64; mnist: 100)")
+    batch_size: int | None = option(None, "images at a time (default: 64; mnist: 100)", least=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     # FID
-    seed_start: int | None = option(None, "FID: seed of the first image (default: 0)")
+    seed_start: int | None = option(None, "FID: seed of the first image (default: 0)", least=0)
     reference: str | None = option(
         None, "FID: real images' .npz or .safetensors, or a folder of them (default: EDM's .npz)"
     )
@@ -101,50 +93,24 @@ class Config(Options):
         None, "FID: .safetensors to keep the generated images' statistics in, and to reuse"
     )
     # MNIST
-    seed: int | None = option(None, "mnist: seed of the noises (default: 1000000)")
-    train_classifier: bool = option(False, "mnist: train the classifier, recompute its statistics")
-    data: str = option("data", "folder of the MNIST files, for --train-classifier")
+    seed: int | None = option(None, "mnist: seed of the noises (default: 1000000)", least=0)
 
-
-# --------------------------------------------------------------------------------------------------
-# Options
-
-
-def check(config: Config) -> Config:
-    """Refuse what can be refused before anything is loaded.
-
-    Raises:
-        UserError: an option out of range, or a file that is not there.
-    """
-    if config.teacher:
-        if config.rows:
+    def __post_init__(self):
+        super().__post_init__()
+        if self.teacher and self.rows not in ((), ("teacher",)):
             raise UserError("--teacher is short for --rows teacher; give one of them")
-        config = replace(config, rows=("teacher",))
-    unknown = [row for row in config.rows if row not in ROWS]
-    if unknown:
-        raise UserError(f"unknown row {unknown[0]!r}; known: {', '.join(ROWS)}")
-    for name, least in (("steps", 1), ("batch_size", 1), ("seed_start", 0), ("seed", 0)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    if config.inception is not None and not Path(config.inception).is_file():
-        raise UserError(f"{config.inception} does not exist; check --inception")
-    if config.statistics is not None:
-        if not config.statistics.endswith(".safetensors"):
-            raise UserError(f"--statistics must be a .safetensors file, not {config.statistics}")
-        if len(set(config.rows)) > 1:
+        self.rows = ("teacher",) if self.teacher else tuple(self.rows)
+        if self.inception is not None and not Path(self.inception).is_file():
+            raise UserError(f"{self.inception} does not exist; check --inception")
+        if self.statistics is not None and not self.statistics.endswith(".safetensors"):
+            raise UserError(f"--statistics must be a .safetensors file, not {self.statistics}")
+        if self.statistics is not None and len(set(self.rows)) > 1:
             raise UserError("--statistics keeps those of one row; choose one with --rows")
-    return config
 
 
 def complete(config: Config, dataset: str) -> Config:
-    """Fill in the dataset and what it decides.
-
-    Raises:
-        UserError: too few images, or an option that the dataset does not have.
-    """
-    fid_only, mnist_only = ("seed_start", "reference", "inception", "statistics"), ("seed",)
-    for name in fid_only if dataset == "mnist" else mnist_only:
+    """Fill in what the dataset decides."""
+    for name in ONLY_FID if dataset == "mnist" else ONLY_MNIST:
         if getattr(config, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is not for {dataset}; leave it away")
     if dataset == "mnist":
@@ -182,11 +148,7 @@ class Row:
 
 
 def load_rows(config: Config, device: torch.device) -> tuple[str, list[Row]]:
-    """The dataset, and what config.rows asks for, on the device.
-
-    Raises:
-        UserError: files that are missing or unusable, or a dataset that cannot be measured here.
-    """
+    """The dataset, and what config.rows asks for, on the device."""
     dataset, names, rows = config.dataset, config.rows, {}
     if dataset is None or config.checkpoint is not None or "student" in (names or ROWS):
         path = find_generator(config.checkpoint)
@@ -197,21 +159,22 @@ def load_rows(config: Config, device: torch.device) -> tuple[str, list[Row]]:
                 f"{path} makes {metadata['dataset']}, not {dataset}; choose another --checkpoint"
             )
         dataset = metadata["dataset"]
-    refuse_text(dataset == "sd15")
+    refuse_text(WORKLOADS[dataset].latent)
     names = dict.fromkeys(names or (ROWS if dataset == "mnist" else ("student",)))
     if "student" in names:
         G = G.to(device, memory_format=torch.channels_last)
         source = f"{path} (step {metadata.get('step', '?')})"
         rows["student"] = Row("student", G, 1, source, file_hash(path))
     if names.keys() - {"student"}:
-        teacher = load_teacher(dataset, config.teacher_weights).to(device)
-        if "student" in names and config.teacher_weights is None:
+        given = {} if config.teacher_weights is None else {"teacher": config.teacher_weights}
+        workload = get_workload(dataset, **given)
+        teacher = load_teacher(workload).to(device)
+        if "student" in names and not given:
             check_teaches(teacher, metadata, path)
-        record, default = teacher.record, get_workload(dataset).solver_steps
-        for name, steps in (("teacher", config.steps or default), ("untrained", 1)):
-            draw = partial(draw_from_teacher, teacher, steps)
-            n = teacher.evaluations(steps)
-            rows[name] = Row(name, draw, n, record["name"], record["sha256"])
+        name, sha256 = teacher.record["name"], teacher.record["sha256"]
+        for row, steps in (("teacher", config.steps or workload.solver_steps), ("untrained", 1)):
+            draw = partial(teacher.solve, steps=steps)
+            rows[row] = Row(row, draw, teacher.evaluations(steps), name, sha256)
     return dataset, [rows[name] for name in names]
 
 
@@ -224,18 +187,9 @@ def refuse_text(is_text: bool) -> None:
         )
 
 
-def draw_from_teacher(teacher: Teacher, steps: int, z: Tensor, labels: Tensor | None) -> Tensor:
-    """A teacher's Row.draw."""
-    return teacher.solve(z, teacher.encode(labels), steps)
-
-
 @torch.inference_mode()
 def draw_uint8(row: Row, z: Tensor, labels: Tensor | None, amp: str) -> Tensor:
-    """Noise (B, C, H, W) and labels (B,) or None -> uint8 images (B, C, H, W), on z's device.
-
-    Raises:
-        UserError: NaN or infinity.
-    """
+    """Noise (B, C, H, W) and labels (B,) or None -> uint8 images (B, C, H, W), on z's device."""
     with autocast(z.device, amp):
         images = row.draw(z.contiguous(memory_format=torch.channels_last), labels)
     if not images.isfinite().all():
@@ -253,7 +207,7 @@ def measure_fid(config: Config, rows: list[Row], ranks: Ranks) -> dict[str, dict
     records = [describe(row, seeds, config, ranks.device) for row in rows]
     path = None if config.statistics is None else Path(config.statistics)
     with ranks.first_goes_first():
-        source, network = fetch(config.reference or EDM_REFERENCES[config.dataset]), None
+        source, network = fetch(config.reference or WORKLOADS[config.dataset].reference), None
         known = [read_statistics(path, record) for record in records]
         if None in known or source.is_dir():
             network = inception(config.inception, ranks.device)
@@ -281,7 +235,7 @@ def sample_statistics(
     Returns:
         mean (2048,) and covariance (2048, 2048) of their features, float64, on every rank.
     """
-    workload, share = get_workload(config.dataset), ranks.share(len(seeds))
+    workload, share = WORKLOADS[config.dataset], ranks.share(len(seeds))
     statistics = FeatureStatistics(ranks.device)
     with tqdm(total=len(share), desc=row.name, unit="image", disable=ranks.rank > 0) as bar:
         for indices in batches(share, config.batch_size):
@@ -319,11 +273,7 @@ def describe(row: Row, seeds: range, config: Config, device: torch.device) -> di
 
 
 def read_statistics(path: Path | None, record: dict[str, str]) -> tuple[Tensor, Tensor] | None:
-    """Mean and covariance that write_statistics kept with this record; None if there is no file.
-
-    Raises:
-        UserError: a damaged file, or other images' statistics.
-    """
+    """Mean and covariance that write_statistics kept with this record; None if there is no file."""
     if path is None or not path.exists():
         return None
     found = read_header(path)[1]
@@ -337,7 +287,7 @@ def read_statistics(path: Path | None, record: dict[str, str]) -> tuple[Tensor, 
 
 
 # --------------------------------------------------------------------------------------------------
-# MNIST: measuring
+# MNIST
 
 
 def measure_digits(config: Config, rows: list[Row], ranks: Ranks) -> dict[str, dict]:
@@ -372,7 +322,7 @@ def sample_digits(row: Row, config: Config, ranks: Ranks) -> tuple[Tensor, Tenso
     Returns:
         images (N, 1, 28, 28) in [-1, 1], rounded as uint8 is, and labels (N,), on every rank.
     """
-    workload, share = get_workload("mnist"), ranks.share(config.samples)
+    workload, share = WORKLOADS["mnist"], ranks.share(config.samples)
     labels = torch.arange(config.samples) % workload.num_classes
     # The other ranks' images stay zero, so that the sum over the ranks is all of them.
     images = torch.zeros(config.samples, *workload.image_shape, dtype=torch.uint8)
@@ -389,14 +339,10 @@ def sample_digits(row: Row, config: Config, ranks: Ranks) -> tuple[Tensor, Tenso
 
 def main(config: Config) -> None:
     """Print the figures, and write them as JSON."""
-    if config.train_classifier:
-        return train_classifier(config.data, pick_device(config.device))
-    config = check(config)
     ranks = join_ranks(config.device)
-    config = replace(config, amp=pick_amp(config.amp, ranks.device))
     with ranks.first_goes_first():  # rank 0 downloads
         dataset, rows = load_rows(config, ranks.device)
-    config = complete(config, dataset)
+    config = complete(replace(config, amp=pick_amp(config.amp, ranks.device)), dataset)
     measure_rows = measure_digits if dataset == "mnist" else measure_fid
     results = measure_rows(config, rows, ranks)
     if config.json is not None and ranks.rank == 0:

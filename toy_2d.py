@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dmd_loss import (
+    SIGMA_DATA,
+    T_MIN,
     T,
     all_noise_levels,
     denoising_loss,
@@ -37,7 +39,7 @@ from dmd_loss import (
     l2_distance,
     regression_loss,
 )
-from edm_unet import EDMDenoiser, heun_sample
+from edm_unet import EDMDenoiser, heun_sample, preconditioning
 from plumbing.files import write_bytes
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import generator_for
@@ -45,7 +47,6 @@ from plumbing.pairs import generator_for
 MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
 STD = 0.1  # of each mode, along both axes
 START = torch.tensor([-0.62, 0.12])  # the spot where the generator starts
-SIGMA_DATA = 0.5  # EDM's preconditioning constant; also this mixture's spread along x
 
 BATCH = 256
 NUM_PAIRS = 10_000
@@ -65,9 +66,11 @@ class Config(Options):
     """The noise levels, steps, seed and file of the three panels."""
 
     out: str = option("figure3.png", "file of the picture")
-    steps: int = option(3000, "training steps per panel")
-    max_step: int = option(260, "T_max of Eq. 7, of 1000 noise levels (the paper: 980)")
-    seed: int = option(0, "seed of everything random")
+    steps: int = option(3000, "training steps per panel", least=1)
+    max_step: int = option(
+        260, "T_max of Eq. 7, of 1000 noise levels (the paper: 980)", least=T_MIN + 1, most=T
+    )
+    seed: int = option(0, "seed of everything random", least=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,11 +114,10 @@ class MLPDenoiser(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, cond: None = None) -> Tensor:
         """x (B, 2, 1, 1), sigma (B,) -> (B, 2, 1, 1)."""
         point, sigma = x.flatten(1), sigma[:, None]
-        norm = (sigma**2 + SIGMA_DATA**2).sqrt()
-        c_skip, c_out = (SIGMA_DATA / norm) ** 2, sigma * SIGMA_DATA / norm
+        c_skip, c_out, _, c_noise = preconditioning(sigma, SIGMA_DATA)
         # c_in is a single mode's: F has to tell points apart that differ by a fraction of STD.
-        c_in = 1 / (sigma**2 + STD**2).sqrt()
-        F = self.F(torch.cat([c_in * point, sigma.log() / 4], dim=1))
+        _, _, c_in, _ = preconditioning(sigma, STD)
+        F = self.F(torch.cat([c_in * point, c_noise], dim=1))
         return (c_skip * point + c_out * F).reshape(x.shape)
 
 
@@ -265,10 +267,6 @@ def draw(path: Path, panels: dict[str, Tensor]) -> None:
 
 def main(config: Config) -> None:
     """Train the panels, print where their samples are, draw the figure."""
-    if config.steps < 1 or config.seed < 0:
-        raise UserError("--steps must be at least 1 and --seed at least 0")
-    if not 21 <= config.max_step <= T:
-        raise UserError(f"--max-step must be 21 to {T}, not {config.max_step}")
     if Path(config.out).is_dir():
         raise UserError(f"--out {config.out} is a folder; give the name of a file")
 

@@ -14,11 +14,10 @@ torchvision. Interrupt it at any time; the same command goes on. The last line i
 """
 
 import copy
-import csv
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,42 +26,47 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from edm_unet import EDMPrecond, heun_sample
+from dmd_loss import denoising_weight
+from edm_unet import EDMPrecond, heun_sample, load_edm
 from plumbing.devices import pick_device
-from plumbing.digits import confidence, load_classifier, load_mnist
-from plumbing.edm_files import load_edm, one_line_errors, torch_load
-from plumbing.files import holds_files, save_grid, write_csv, write_tensors, write_torch
+from plumbing.digits import classify, load_classifier, load_mnist
+from plumbing.files import save_grid, write_csv, write_tensors, write_torch
+from plumbing.optim import learning_rate, update_average
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import generator_for
+from plumbing.rundir import claim_folder, load_checkpoint
 from teachers import check_fits
-from workloads import ROWS, WORKLOADS
-
-SIGMA_DATA = 0.5  # EDM's, and EDMPrecond's default
-FREE_OPTIONS = ("data", "out", "save_every", "device")  # may differ when a run is resumed
+from workloads import WORKLOADS
 
 
 @dataclass
 class Config(Options):
     """The objective's, the optimiser's and the data's options."""
 
-    data: str = option("data", "folder of the MNIST files (downloaded by torchvision if missing)")
-    out: str = option("runs/mnist-teacher", "run folder")
-    steps: int = option(10_000, "training steps")
-    batch_size: int = option(128, "images per step")
-    learning_rate: float = option(2e-3, "peak learning rate of Adam, cosine decay to 0")
-    warmup: int = option(200, "steps of linear warm-up")
-    ema: float = option(0.999, "decay of the moving average of the weights, per step")
+    data: str = option(
+        "data", "folder of the MNIST files (downloaded by torchvision if missing)", free=True
+    )
+    out: str = option("runs/mnist-teacher", "run folder", free=True)
+    steps: int = option(10_000, "training steps", least=1)
+    batch_size: int = option(128, "images per step", least=1)
+    learning_rate: float = option(2e-3, "peak learning rate of Adam, cosine decay to 0", above=0)
+    warmup: int = option(200, "steps of linear warm-up", least=0)
+    ema: float = option(
+        0.999, "decay of the moving average of the weights, per step", least=0, below=1
+    )
     # EDM has P_mean = -1.2, P_std = 1.2 for photographs. A digit takes its class at larger noise:
     # at sigma = 0.3 a black and white image is nearly read off, from 1 to 5 it is decided.
     p_mean: float = option(0.2, "training noise levels: mean of ln sigma")
-    p_std: float = option(1.1, "training noise levels: standard deviation of ln sigma")
+    p_std: float = option(1.1, "training noise levels: standard deviation of ln sigma", above=0)
     # MNIST holds digits that nobody can read. A small network blurs them into their neighbours.
-    legible: float = option(0.8, "leave out digits read with less confidence than this; 0: none")
+    legible: float = option(
+        0.8, "leave out digits read with less confidence than this; 0: none", least=0, below=1
+    )
     init: str | None = option(None, "start from this file's weights instead of random ones")
     compile: bool = option(False, "bfloat16 autocast and torch.compile (needs a C++ compiler)")
-    save_every: int = option(500, "steps between checkpoints (and pictures)")
-    seed: int = option(0, "seed of everything random")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    save_every: int = option(500, "steps between checkpoints (and pictures)", least=1, free=True)
+    seed: int = option(0, "seed of everything random", least=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", free=True)
 
 
 def edm_loss(
@@ -70,7 +74,7 @@ def edm_loss(
 ) -> Tensor:
     """EDM Eq. 2 with Table 1: mean of lambda(sigma) |D(x + n; sigma) - x|^2, n ~ N(0, sigma^2 I).
 
-    ln sigma ~ N(p_mean, p_std^2); lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2
+    ln sigma ~ N(p_mean, p_std^2); lambda(sigma) = 1 / sigma^2 + 1 / sigma_data^2
     makes the loss of an untrained network 1 at every sigma.
 
     Args:
@@ -83,7 +87,7 @@ def edm_loss(
     normal = torch.randn(len(images), 1, 1, 1, generator=generator)
     sigma = (p_mean + p_std * normal).exp().to(images.device)
     noise = torch.randn(images.shape, generator=generator).to(images.device)
-    weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+    weight = denoising_weight(torch.ones_like(sigma), sigma, net.sigma_data)
     return (weight * (net(images + sigma * noise, sigma, labels) - images) ** 2).mean()
 
 
@@ -95,79 +99,27 @@ def legible_digits(
     Args:
         images: (N, 1, 28, 28) in [-1, 1]; labels: (N,) long.
         threshold: least probability of the label, 0 .. 1; 0.8 keeps 93 % of MNIST.
-
-    Raises:
-        UserError: no image is left.
     """
     if threshold == 0:
         return images, labels
-    keep = confidence(load_classifier(device), images, labels, device) >= threshold
+    _, logits = classify(load_classifier(device), images, device)
+    keep = logits.softmax(dim=1).gather(1, labels[:, None])[:, 0] >= threshold
     if not keep.any():
         raise UserError(f"no digit is read with --legible {threshold}; lower it")
     return images[keep], labels[keep]
 
 
 def start(init: str | None) -> EDMPrecond:
-    """A new network, or the one in the file `init`, ready to be trained.
-
-    Raises:
-        UserError: unreadable file, or a network for other images.
-    """
+    """A new network, or the one in the file `init`, ready to be trained."""
     if init is None:
-        return EDMPrecond(**ROWS["mnist"]["network"])
+        return EDMPrecond(**WORKLOADS["mnist"].network)
     net = load_edm(init)
     check_fits(WORKLOADS["mnist"], net, Path(init))
     return net.train().requires_grad_(True)
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
-    progress = max(0, step - config.warmup) / max(1, config.steps - config.warmup)
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
-    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def check(config: Config) -> None:
-    """Raise UserError if an option is out of range."""
-    for name in ("steps", "batch_size", "save_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("learning_rate", "p_std"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0")
-    if not 0 <= config.legible < 1:
-        raise UserError("--legible must be in 0 .. 1")
-    if not 0 <= config.ema < 1 or config.warmup < 0 or config.seed < 0:
-        raise UserError("--ema must be in 0 .. 1, --warmup and --seed at least 0")
-
-
-def resume(config: Config, run: dict) -> tuple[int, list[dict]]:
-    """Restore the last checkpoint, if there is one of the same run -> steps done, log rows.
-
-    Raises:
-        UserError: the folder holds a run with other settings, or a damaged checkpoint.
-    """
-    out = Path(config.out)
-    if not (out / "checkpoint.pt").exists():
-        if holds_files(out):
-            raise UserError(f"{out} holds other files, and no checkpoint.pt; choose another --out")
-        return 0, []
-    with one_line_errors(out / "checkpoint.pt"):
-        state = torch_load(out / "checkpoint.pt")
-        found, wanted = state["config"], asdict(config)
-        changed = [k for k in wanted if k not in FREE_OPTIONS and found.get(k) != wanted[k]]
-        if changed:
-            raise UserError(f"a run with another {', '.join(changed)}; choose another --out")
-        for name, part in run.items():
-            part.load_state_dict(state[name])
-        with open(out / "log.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
-        return state["step"], rows
-
-
 def main(config: Config) -> None:
     """Train, or go on training, and write teacher.safetensors."""
-    check(config)
     device, out = pick_device(config.device), Path(config.out)
     images, labels = load_mnist(config.data, train=True)
     images, labels = legible_digits(images, labels, config.legible, device)
@@ -178,7 +130,8 @@ def main(config: Config) -> None:
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
     run = {"net": net, "ema": ema, "optimizer": optimizer}
-    done, log = resume(config, run)
+    claim_folder(out, config.settings(), may_be_prolonged=False)
+    done, log = load_checkpoint(out, run)
 
     progress = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="teacher")
     for step in progress:
@@ -192,16 +145,14 @@ def main(config: Config) -> None:
             )
 
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = learning_rate(
+                step, config.steps, config.learning_rate, config.warmup, "cosine"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-        # The average starts with a short memory, or the random start would linger in it.
-        decay = min(config.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for average, weight in zip(ema.parameters(), net.parameters(), strict=True):
-                average.lerp_(weight, 1 - decay)
+        update_average(ema, net, config.ema, step)
 
         if not math.isfinite(loss.item()):
             raise UserError(f"the loss is {loss.item()} at step {step + 1}; lower --learning-rate")
@@ -210,8 +161,7 @@ def main(config: Config) -> None:
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             write_csv(out / "log.csv", log)
             state = {name: part.state_dict() for name, part in run.items()}
-            state |= {"config": asdict(config), "step": step + 1}
-            write_torch(out / "checkpoint.pt", state)
+            write_torch(out / "checkpoint.pt", state | {"step": step + 1})
             z = torch.randn(40, 1, 28, 28, generator=generator_for(0)).to(device)
             digits = heun_sample(ema, z, torch.arange(10, device=device).repeat(4))
             save_grid(out / f"samples_{step + 1:06d}.png", digits, columns=10, scale=2)

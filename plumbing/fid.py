@@ -21,12 +21,10 @@ FID is lower for more images and varies with the seeds, so only equal protocols 
                 .npz with `mu` and `sigma`, of the training images, all of them.
 """
 
-import contextlib
-import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +34,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from plumbing.edm_files import (
-    BY_HAND,
-    DAMAGE,
-    download,
-    fetch,
-    one_line,
-    one_line_errors,
-    torch_load,
-)
+from plumbing.downloads import download, fetch
 from plumbing.files import file_hash, read_tensors, write_tensors
+from plumbing.foreign import DAMAGE, one_line, one_line_errors, restricted_load
 from plumbing.options import UserError
 
 FEATURES = 2048
@@ -57,11 +48,6 @@ INCEPTION_URL = (
 )
 INCEPTION_FILES = (INCEPTION_URL.rpartition("/")[2], "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_HASH = "6726825d"
-EDM_REFERENCES = {  # of the images that EDM's networks were trained with
-    "cifar10": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz",
-    "cifar10-uncond": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz",
-    "imagenet64": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/imagenet-64x64.npz",
-}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 # --------------------------------------------------------------------------------------------------
@@ -102,9 +88,6 @@ def inception(weights: str | Path | None, device: torch.device | str) -> nn.Modu
     Args:
         weights: a state dict of torch.save; None for the published one, from torch hub's folder
             or else downloaded into it (by one process: among ranks let the first go ahead).
-
-    Raises:
-        UserError: no torch-fidelity; missing, damaged, hostile or other weights.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -112,51 +95,29 @@ def inception(weights: str | Path | None, device: torch.device | str) -> nn.Modu
         raise UserError("FID needs torch-fidelity: pip install torch-fidelity") from None
     path = inception_file() if weights is None else Path(weights)
     with one_line_errors(path):
-        # The constructor cannot be kept from loading, and it loads with weights_only=False, which
-        # runs whatever a file says. So it gets a copy in memory of what was read safely: tensors.
-        safe = io.BytesIO()
-        torch.save(torch_load(path), safe)
-        safe.seek(0)
+        # The constructor loads with weights_only=False, which runs whatever a file says: only after
+        # we have seen that this one says nothing but tensors.
+        restricted_load(path)
         network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=safe
+            "inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=str(path)
         )  # strict: missing, surplus and misshapen tensors are a RuntimeError
     return network.eval().requires_grad_(False).to(device)
 
 
 def inception_file() -> Path:
-    """The published weights: where torch-fidelity keeps them, downloaded if they are not there.
-
-    Raises:
-        UserError: not there and not to be had, or not those weights.
-    """
+    """The published weights: where torch-fidelity keeps them, downloaded if they are not there."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     known = [folder / name for name in INCEPTION_FILES]
     path = next((path for path in known if path.exists()), known[0])
-    if not path.exists():
-        with by_hand(f"download {INCEPTION_URL} yourself and put it at {path}"):
-            download(INCEPTION_URL, path)
+    download(INCEPTION_URL, path, sha256=INCEPTION_HASH)
     if not file_hash(path).startswith(INCEPTION_HASH):
         raise UserError(f"{path} is not the published file ({INCEPTION_URL}); delete it and rerun")
     return path
 
 
-@contextlib.contextmanager
-def by_hand(remedy: str) -> Iterator[None]:
-    """A failed download's message ends with this remedy instead of the one for teachers."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace(BY_HAND, remedy)) from None
-
-
 @torch.inference_mode()
 def inception_features(images: Tensor, network: nn.Module) -> Tensor:
-    """uint8 RGB images (B, 3, H, W) of any size -> features (B, 2048), on the network's device.
-
-    Raises:
-        ValueError: not uint8, or not four dimensions.
-        UserError: not RGB.
-    """
+    """uint8 RGB images (B, 3, H, W) of any size -> features (B, 2048), on the network's device."""
     if images.dtype != torch.uint8 or images.dim() != 4:
         shape = tuple(images.shape)
         raise ValueError(f"images must be uint8 (B, 3, H, W), not {images.dtype} {shape}")
@@ -261,12 +222,8 @@ def read_reference(
         source: an .npz with `mu` and `sigma` (EDM's fid-refs), a .safetensors file of
             write_statistics, an address of either, or a folder of images.
         network: of `inception`; only a folder needs it.
-
-    Raises:
-        UserError: missing or damaged, or statistics of something else.
     """
-    with by_hand("download it yourself and give its path"):
-        path = fetch(str(source))
+    path = fetch(str(source))
     if path.is_dir():
         if network is None:
             raise ValueError(f"{path} is a folder, whose statistics need the network")
@@ -279,11 +236,7 @@ def read_reference(
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
-    """`mu` and `sigma` (if they are there) of an .npz. Nothing in the file is executed.
-
-    Raises:
-        UserError: missing, damaged, or with arrays of Python objects.
-    """
+    """`mu` and `sigma` (if they are there) of an .npz. Nothing in the file is executed."""
     if not path.exists():
         raise UserError(f"{path} does not exist; check the path")
     try:
@@ -294,11 +247,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def checked_statistics(tensors: dict[str, Tensor], path: Path) -> tuple[Tensor, Tensor]:
-    """mu and sigma in float64, if they can be those of Inception's features.
-
-    Raises:
-        UserError: they cannot.
-    """
+    """mu and sigma in float64, if they can be those of Inception's features."""
     for name, shape in (("mu", (FEATURES,)), ("sigma", (FEATURES, FEATURES))):
         if name not in tensors:
             raise UserError(f"{path} holds no {name!r}; FID's references hold mu and sigma")
@@ -324,9 +273,6 @@ def write_statistics(
         mu, sigma: (2048,), (2048, 2048) float64.
         count: of how many images.
         metadata: what else shall be known about them.
-
-    Raises:
-        UserError: the file cannot be written, or read_reference would refuse it.
     """
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: statistics are written as .safetensors; choose such a name")
@@ -335,11 +281,7 @@ def write_statistics(
 
 
 def folder_statistics(folder: Path, network: nn.Module, batch_size: int = 64) -> FeatureStatistics:
-    """Statistics of all PNG and JPEG images in a folder and the folders in it, over all ranks.
-
-    Raises:
-        UserError: fewer than two images, or one that is damaged, not RGB or of another size.
-    """
+    """Statistics of all PNG and JPEG images in a folder and the folders in it, over all ranks."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(files) < 2:
         raise UserError(f"{folder} holds {len(files)} PNG or JPEG images; FID needs at least 2")
@@ -366,11 +308,7 @@ def folder_statistics(folder: Path, network: nn.Module, batch_size: int = 64) ->
 
 
 def read_image(path: Path) -> Tensor:
-    """A PNG or JPEG file -> uint8 (3, H, W).
-
-    Raises:
-        UserError: damaged, of another format, or not RGB.
-    """
+    """A PNG or JPEG file -> uint8 (3, H, W)."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             mode, pixels = image.mode, np.array(image)

@@ -136,6 +136,7 @@ def run_script(main: Callable, make: Callable, doc: str, flags: str | None = Non
     try:
         main(parse(make, doc, flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # all leave together
             torch.distributed.destroy_process_group()
     except UserError as error:
         rank = os.environ.get("RANK", "0")  # of several processes, see devices.py

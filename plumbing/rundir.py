@@ -46,7 +46,7 @@ def claim_folder(out: Path, settings: dict, may_be_prolonged: bool) -> None:
     """Write config.json, or check that the folder holds this very run.
 
     Args:
-        settings: all that decides the run's result, with "made_pairs" and "steps" among it.
+        settings: all that decides the run's result, with "steps" among it.
         may_be_prolonged: "steps" may grow, because step k does not know how many follow.
     """
     settings = json.loads(json.dumps(settings))
@@ -57,7 +57,7 @@ def claim_folder(out: Path, settings: dict, may_be_prolonged: bool) -> None:
     found = read_json(out / "config.json")
     # A setting that did not exist when the run began has not changed.
     changed = sorted(k for k in settings if found.get(k, settings[k]) != settings[k])
-    ours, started = "made_pairs" in found, (out / "checkpoint.pt").exists()
+    ours, started = found.keys() & settings.keys(), (out / "checkpoint.pt").exists()
     if not ours or (changed and not started and holds_files(out, but="config.json")):
         raise UserError(f"{out} holds other files, and no checkpoint.pt; choose another --out")
     longer = changed == ["steps"] and may_be_prolonged and settings["steps"] > found["steps"]

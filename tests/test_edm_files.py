@@ -1,6 +1,7 @@
 """Weights from other people's files: bitwise what was written, and nothing of theirs is run."""
 
 import contextlib
+import hashlib
 import http.server
 import io
 import json
@@ -21,19 +22,14 @@ import torch
 from test_edm_unet import golden
 from torch import nn
 
-from edm_unet import EDMPrecond
-from plumbing import edm_files
-from plumbing.edm_files import (
-    EDM_ARCHITECTURES,
-    EDM_URLS,
-    fetch,
-    load_edm,
-    load_edm_with_metadata,
-    read_edm_pickle,
-    read_edm_state,
-)
+import edm_unet
+from edm_unet import EDMPrecond, karras_sigmas, load_edm, load_edm_with_metadata
+from plumbing import downloads, edm_files
+from plumbing.downloads import EDM_URLS, fetch
 from plumbing.files import write_tensors
+from plumbing.foreign import file_format
 from plumbing.options import UserError
+from teachers import ARCHITECTURES
 
 TINY = dict(
     img_resolution=8, img_channels=3, label_dim=4, model_type="SongUNet", model_channels=16,
@@ -56,10 +52,19 @@ def equal(found: dict, expected: nn.Module):
         assert torch.equal(found[name], value), name
 
 
-def refused(path: Path, *words: str, read=load_edm):
+TABLE = {"tiny": TINY, "tiny-uncond": {**TINY, "label_dim": 0}}  # for files without arguments
+
+
+def read_edm_state(path):
+    """What a file holds beside the names that the network does not have."""
+    net, metadata = load_edm_with_metadata(path, TABLE)
+    return net.state_dict(), net.kwargs, metadata
+
+
+def refused(path: Path, *words: str, table=TABLE):
     """Assert that a file is refused in one line with its name and these words."""
     with pytest.raises(UserError) as caught:
-        read(path)
+        load_edm(path, table)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 700 and str(path) in message
     for word in words:
@@ -217,8 +222,9 @@ def test_every_protocol_bit_by_bit(tiny, pkl, protocol):
             "dataset_kwargs": Call(easy_dict),
         }
         path = pkl(snapshot, protocol)
-    tensors, kwargs = read_edm_pickle(path)
-    equal(tensors, tiny)
+    net = load_edm(path)
+    equal(net.state_dict(), tiny)
+    kwargs = net.kwargs
     assert {key: kwargs[key] for key in TINY} == TINY
     equal(load_edm(pkl(edm_network(tiny), protocol)).state_dict(), tiny)  # not in a snapshot
 
@@ -232,7 +238,7 @@ def test_names_of_the_first_numpy(tiny, pkl):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(tiny, pkl, dtype):
-    tensors, _ = read_edm_pickle(pkl({"ema": edm_network(tiny, dtype)}))
+    tensors = load_edm(pkl({"ema": edm_network(tiny, dtype)})).state_dict()
     for name, value in tiny.state_dict().items():
         assert tensors[name].dtype == torch.float32
         assert torch.equal(tensors[name], value.to(dtype).float())
@@ -245,7 +251,7 @@ def test_views_of_a_storage(tiny, pkl):
     inside = torch.randn(expected.shape[1] + 1, expected.shape[0] + 3)
     inside[1:, 2:-1] = expected.T
     parameters["weight"] = inside[1:, 2:-1].T
-    equal(read_edm_pickle(pkl({"ema": network}))[0], tiny)
+    equal(load_edm(pkl({"ema": network})).state_dict(), tiny)
 
 
 def test_what_load_edm_returns(tiny, pkl):
@@ -293,6 +299,8 @@ def test_unsupported_networks(tiny, pkl):
     refused(pkl({"G": 1}), "without a network under 'ema'")
     refused(pkl({"ema": edm_network(tiny, num_bloks=3)}), "num_bloks")
     refused(pkl({"ema": edm_network(tiny, num_blocks=10**9)}), "num_blocks = 1000000000")
+    for sigma_data in ("0.5", None, math.nan, 0.0, [0.5]):
+        refused(pkl({"ema": edm_network(tiny, sigma_data=sigma_data)}), "sigma_data")
     refused(pkl({"ema": edm_network(tiny, model_type="VGG")}), "unknown model_type 'VGG'")
 
 
@@ -363,7 +371,6 @@ def test_source_in_the_file_is_not_executed(tiny, pkl, marker):
 @pytest.mark.parametrize("protocol", [0, 1])
 def test_old_protocols_are_refused(tiny, pkl, marker, protocol):
     refused(pkl(payload("posix.system", marker), protocol), "neither an EDM pickle nor")
-    refused(pkl(payload("posix.system", marker), protocol), read=read_edm_pickle)
 
 
 class Persistently(pickle.Pickler):
@@ -405,11 +412,8 @@ def test_a_blob_without_lies_is_read(tiny, pkl):
     refused(pkl(with_tensor(tiny, tensor(blob()))), MISSHAPEN)
     refused(pkl(with_tensor(tiny, tensor(blob(), 0, (2, 3), (1, 2)))), MISSHAPEN)
     storage = edm_files.read_storage(blob().call[1][0])
-    stored = edm_files.StoredTensor.of(storage, 1, (2, 2), (1, 3))
-    assert stored.float().tolist() == [[1, 4], [2, 5]]
-    # A small view of a large storage must not keep a copy of all of it.
-    copy = edm_files.StoredTensor.of(storage, 2, (3,), (1,)).float()
-    assert copy.tolist() == [2, 3, 4] and copy.untyped_storage().nbytes() == 12
+    assert edm_files.rebuild(storage, 1, (2, 2), (1, 3)).tolist() == [[1, 4], [2, 5]]
+    assert edm_files.rebuild(storage, 2, (3,), (1,)).tolist() == [2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -422,7 +426,6 @@ def test_a_blob_without_lies_is_read(tiny, pkl):
         (6, (), ()),
         (0, (2, 3), (-1, 1)),
         (0, (0, 3), (3, 1)),
-        (0, (10**6, 10**6), (0, 0)),
         (0, (2, 3), (1, 1)),
         (0, (1 << 62, 1 << 62), (1 << 62, 1)),
         (0, (2, 3), (3,)),
@@ -435,7 +438,7 @@ def test_a_tensor_must_lie_inside_its_storage(tiny, pkl, arguments):
         refused(pkl(with_tensor(tiny, tensor(blob(), *arguments))), MISSHAPEN)
         return
     path = pkl(with_tensor(tiny, tensor(blob(), *arguments)))
-    with pytest.raises(UserError, match=r"reaches beyond|made of only|else than numbers|zip\(\)"):
+    with pytest.raises(UserError, match=r"reaches beyond|else than numbers|zip\(\)"):
         load_edm(path)
 
 
@@ -445,20 +448,19 @@ FLOATS = torch.FloatStorage
 @pytest.mark.parametrize(
     ("lie", "word"),
     [
-        (dict(numel=1 << 50), "claims 1125899906842624 numbers in a tensor of 24 bytes"),
-        (dict(numel=1 << 50, count=6), "claims 1125899906842624"),
-        (dict(count=1 << 50), "claims 6"),
-        (dict(numel=-1), "claims -1"),
-        (dict(numel=7), "claims 7"),
-        (dict(numel=5), "claims 5"),
-        (dict(values=b""), "claims 6 numbers in a tensor of 0 bytes"),
-        (dict(header=("storage", FLOATS, "0", "cpu", 6.0, None)), "claims 6.0"),
-        (dict(header=("storage", "float", "0", "cpu", 6, None)), "something else"),
-        (dict(header=("module", FLOATS, "0", "cpu", 6, None)), "something else"),
-        (dict(header=("storage", FLOATS, "0", "cpu", 6, ("1", 0, 3))), "something else"),
+        (dict(numel=1 << 50), "damaged"),
+        (dict(numel=1 << 50, count=6), "damaged"),
+        (dict(count=1 << 50), "damaged"),
+        (dict(numel=-1), "damaged"),
+        (dict(numel=7), "damaged"),
+        (dict(numel=5), "reaches beyond its 5 numbers"),
+        (dict(values=b""), "damaged"),
+        (dict(header=("storage", FLOATS, "0", "cpu", 6.0, None)), "damaged"),
+        (dict(header=("storage", "float", "0", "cpu", 6, None)), "damaged"),
+        (dict(header=("module", FLOATS, "0", "cpu", 6, None)), "damaged"),
         (dict(header=("storage", FLOATS, "0", "cpu")), "damaged"),
-        (dict(header=("storage", torch.LongStorage, "0", "cpu", 6, None)), "torch.LongStorage"),
-        (dict(keys=("1",)), "something else"),
+        (dict(header=("storage", torch.LongStorage, "0", "cpu", 6, None)), "damaged"),
+        (dict(keys=("1",)), "damaged"),
     ],
 )
 def test_a_storage_that_lies(tiny, pkl, lie, word):
@@ -471,7 +473,7 @@ def test_a_second_pickle_in_a_tensors_bytes(tiny, pkl, marker):
         file = io.BytesIO()
         torch.save(evil, file, _use_new_zipfile_serialization=not legacy)
         bad = Call(torch.storage._load_from_bytes, file.getvalue())
-        refused(pkl(with_tensor(tiny, tensor(bad))), "system" if legacy else "damaged")
+        refused(pkl(with_tensor(tiny, tensor(bad))), "system")
     bad = blob(header=("storage", evil, "0", "cpu", 6, None))
     refused(pkl(with_tensor(tiny, tensor(bad))), "posix.system", "nothing was run")
     bad = blob(keys=(evil,))
@@ -479,37 +481,10 @@ def test_a_second_pickle_in_a_tensors_bytes(tiny, pkl, marker):
 
 
 def test_other_things_in_the_place_of_a_tensor(tiny, pkl):
-    for thing in ("text", 1.5, {}, [1, 2], blob(), Persistent("Linear", {})):
-        refused(pkl(with_tensor(tiny, thing)), "something else in the place of a tensor")
+    for thing in ("text", 1.5, {}, [1, 2], Persistent("Linear", {})):
+        refused(pkl(with_tensor(tiny, thing)), "something else than a tensor")
     refused(pkl(with_tensor(tiny, tensor("text"))), "something else than numbers")
     refused(pkl(with_tensor(tiny, Call(torch.storage._load_from_bytes, "text"))), "damaged")
-
-
-def test_pickles_that_would_exhaust_the_memory(tiny, pkl):
-    head = b"\x80\x04"
-    refused(pkl(head + b"}r" + struct.pack("<I", 50_000_000) + b"."), "more instructions")
-    refused(pkl(head + b"B" + struct.pack("<I", 2**32 - 1) + b"x" * 100 + b"."), "damaged")
-    refused(pkl(head + b"\x8e" + struct.pack("<Q", 2**62) + b"x" * 100 + b"."), "damaged")
-    refused(pkl(head + b"\x95" + struct.pack("<Q", 2**62) + b"N."), "damaged")
-    # A storage of 150,000 numbers under 40 names: more numbers than bytes in the file.
-    many = 150_000
-    shared = nn.Parameter(torch.zeros(many))
-    network = edm_network(tiny)
-    parameters = state_at(network, "model")["_parameters"]
-    parameters.update({f"extra{i}": shared for i in range(40)})
-    refused(pkl({"ema": network}), "share their numbers")
-
-
-def test_pickles_that_never_end(pkl, monkeypatch):
-    monkeypatch.setattr(edm_files, "MAX_OPCODES", 1000)
-    refused(pkl(b"\x80\x04}" + b"q\x00" * 1000 + b"."), "more instructions")
-
-
-@pytest.mark.parametrize(("start", "end"), [(b"}", b"Ns."), (b"}(", b"Nu."), (b"\x8f(", b"\x90.")])
-def test_tuples_of_tuples_are_never_hashed(pkl, start, end):
-    """A million deep it would crash Python; each holding the one before twice, it would not end."""
-    for tower in (b"\x85" * 60_000, b"q\x00h\x00\x86" * 60):
-        refused(pkl(b"\x80\x04" + start + b")" + tower + end), "names and numbers")
 
 
 def test_modules_that_are_no_tree(tiny, pkl):
@@ -517,13 +492,7 @@ def test_modules_that_are_no_tree(tiny, pkl):
     inner = state_at(network, "model.enc")
     inner["_modules"]["loop"] = nn.ModuleDict()
     inner["_modules"]["loop"]._modules = inner["_modules"]
-    refused(pkl({"ema": network}), "do not form a tree")
-    module = Persistent("Linear", state_of())
-    for _ in range(40):  # 2^40 places for one module
-        module = Persistent("Linear", state_of(modules={"a": module, "b": module}))
-    network = edm_network(tiny)
-    network.meta["state"]["_modules"]["more"] = module
-    refused(pkl({"ema": network}), "do not form a tree")
+    refused(pkl({"ema": network}), "damaged", "RecursionError")
 
 
 def test_no_file_leaves_a_mark_on_the_next(tiny, pkl):
@@ -579,19 +548,11 @@ def test_files_of_other_kinds(pkl, data, word):
 
 def test_no_file(tmp_path):
     refused(tmp_path / "absent.pkl", "does not exist")
-    for read in (read_edm_pickle, read_edm_state):
-        refused(tmp_path / "absent.pkl", "does not exist", read=read)
     refused(tmp_path, "directory")
 
 
 # --------------------------------------------------------------------------------------------------
 # State dicts
-
-
-@pytest.fixture
-def in_the_table(monkeypatch):
-    table = {"tiny": TINY, "tiny-uncond": {**TINY, "label_dim": 0}}
-    monkeypatch.setattr(edm_files, "EDM_ARCHITECTURES", table)
 
 
 def released_state(net: EDMPrecond, prefix: str = "", dtype=torch.float32) -> dict:
@@ -615,47 +576,49 @@ def save(path: Path, value) -> Path:
 @pytest.mark.parametrize(
     "prefix", ["", "module.", "feedforward_model.", "module.feedforward_model."]
 )
-def test_state_dicts_of_torch(tiny, tmp_path, in_the_table, name, prefix):
+def test_state_dicts_of_torch(tiny, tmp_path, name, prefix):
     path = save(tmp_path / name, released_state(tiny, prefix))
     tensors, kwargs, metadata = read_edm_state(path)
     equal(tensors, tiny)
     assert kwargs == TINY and metadata == {}
 
 
-def test_dmd2_with_its_other_networks(tiny, tmp_path, in_the_table):
+def test_dmd2_with_its_other_networks(tiny, tmp_path):
     state = released_state(tiny, "feedforward_model.")
     state |= {f"guidance_model.{name}": torch.zeros(3) for name in ("fake_unet.a", "cls.weight")}
-    equal(load_edm(save(tmp_path / "pytorch_model.bin", state)).state_dict(), tiny)
+    equal(load_edm(save(tmp_path / "pytorch_model.bin", state), TABLE).state_dict(), tiny)
 
 
-def test_generator_of_a_dmd_checkpoint(tiny, tmp_path, in_the_table):
+def test_generator_of_a_dmd_checkpoint(tiny, tmp_path):
     torch.manual_seed(1)
     other = EDMPrecond(**TINY).state_dict()
     optimizer = {"state": {0: {"step": 3}}, "param_groups": [{"lr": 5e-5, "betas": (0.9, 0.999)}]}
     checkpoint = {"model_g": released_state(tiny), "model_d": other, "optimizer_g": optimizer}
     for name in ("model.pt", "legacy.pt"):
-        net, metadata = load_edm_with_metadata(save(tmp_path / name, {**checkpoint, "epoch": 3}))
+        net, metadata = load_edm_with_metadata(
+            save(tmp_path / name, {**checkpoint, "epoch": 3}), TABLE
+        )
         equal(net.state_dict(), tiny)
         assert metadata["role"] == "generator"
-        assert metadata["sigma"] == pytest.approx(79.5638, abs=1e-4)
+        assert metadata["sigma"] == float(karras_sigmas(1000)[-2]) == pytest.approx(79.56, abs=5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_state_dicts_in_half_precision(tiny, tmp_path, in_the_table, dtype):
+def test_state_dicts_in_half_precision(tiny, tmp_path, dtype):
     tensors, _, _ = read_edm_state(save(tmp_path / "half.pt", released_state(tiny, "", dtype)))
     for name, value in tiny.state_dict().items():
         assert tensors[name].dtype == torch.float32
         assert torch.equal(tensors[name], value.to(dtype).float())
 
 
-def test_safetensors(tiny, tmp_path, in_the_table):
+def test_safetensors(tiny, tmp_path):
     path = tmp_path / "weights.safetensors"
     write_tensors(path, released_state(tiny), {})
     tensors, kwargs, metadata = read_edm_state(path)
     equal(tensors, tiny)
     assert kwargs == TINY and metadata == {}
     path.rename(tmp_path / "misnamed.pkl")
-    equal(load_edm(tmp_path / "misnamed.pkl").state_dict(), tiny)
+    equal(load_edm(tmp_path / "misnamed.pkl", TABLE).state_dict(), tiny)
 
 
 def test_a_header_as_long_as_a_pickles_first_byte(tmp_path):
@@ -663,14 +626,14 @@ def test_a_header_as_long_as_a_pickles_first_byte(tmp_path):
     for length in (0x80, 0x1280):
         path = tmp_path / "x.safetensors"
         path.write_bytes(length.to_bytes(8, "little") + b"{}".ljust(length))
-        assert edm_files.file_format(path) == "safetensors"
+        assert file_format(path) == "safetensors"
 
 
 def test_our_own_files(tiny, tmp_path):
     path = tmp_path / "generator.safetensors"
     metadata = {"kwargs": json.dumps(tiny.kwargs), "role": "generator", "dataset": "mnist"}
     write_tensors(path, tiny.state_dict(), metadata)
-    net, found = load_edm_with_metadata(path)  # TINY is not in the table
+    net, found = load_edm_with_metadata(path, {})
     equal(net.state_dict(), tiny)
     assert found == metadata and not net.training
     for broken in ('{"img_resolution": 8}', "[1]", "{", "3"):
@@ -678,15 +641,15 @@ def test_our_own_files(tiny, tmp_path):
         refused(path)
 
 
-def test_the_copies_do_not_depend_on_the_file(tiny, tmp_path, in_the_table):
+def test_the_copies_do_not_depend_on_the_file(tiny, tmp_path):
     path = save(tmp_path / "model.pt", released_state(tiny))
-    net = load_edm(path)
+    net = load_edm(path, TABLE)
     with open(path, "r+b") as file:  # torch.load maps the file, and this writes under the map
         file.write(bytes(path.stat().st_size))
     equal(net.state_dict(), tiny)
 
 
-def test_state_dicts_that_fit_nothing(tiny, tmp_path, in_the_table):
+def test_state_dicts_that_fit_nothing(tiny, tmp_path):
     state = released_state(tiny)
     state["model.map_layer0.bias"] = torch.ones(3)
     state["model.extra"] = state.pop("model.map_layer1.bias")
@@ -708,7 +671,7 @@ def test_state_dicts_that_fit_nothing(tiny, tmp_path, in_the_table):
 
 
 @pytest.mark.parametrize("name", ["model.pt", "legacy.pt"])
-def test_hostile_files_of_torch(tiny, tmp_path, in_the_table, marker, name):
+def test_hostile_files_of_torch(tiny, tmp_path, marker, name):
     state = {**released_state(tiny), "evil": payload("posix.system", marker)}
     refused(save(tmp_path / name, state), "posix.system", "nothing was run")
     big = torch.zeros(1).expand(1 << 45)  # a shape that no memory holds, in a few bytes
@@ -723,10 +686,12 @@ def test_hostile_files_of_torch(tiny, tmp_path, in_the_table, marker, name):
 def test_the_table_is_the_papers():
     counts = {"cifar10": 55_734_147, "cifar10-uncond": 55_732_739, "imagenet64": 295_899_267}
     shapes = {}
-    for name, kwargs in EDM_ARCHITECTURES.items():
-        shapes[name] = edm_files.empty_network(kwargs).state_dict()
+    for name in counts:
+        shapes[name] = edm_unet.empty_network(ARCHITECTURES[name]).state_dict()
         assert sum(value.numel() for value in shapes[name].values()) == counts[name]
-    assert edm_files.nearest_architecture(shapes["cifar10-uncond"]) == "cifar10-uncond"
+    assert edm_unet.nearest_architecture(shapes["cifar10-uncond"], ARCHITECTURES) == (
+        "cifar10-uncond"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -738,37 +703,23 @@ BODY = bytes(range(256)) * 5000
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves BODY in the way that the first part of the path says; notes what was asked for."""
 
-    asked: list[tuple[str, str | None]] = []
+    asked: list[str] = []
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        kind, wanted = self.path.split("/")[1], self.headers.get("Range")
-        self.asked.append((kind, wanted))
-        body, start = BODY, 0
+        kind = self.path.split("/")[1]
+        self.asked.append(kind)
         if kind == "absent":
             self.send_error(404)
             return
-        if kind == "page":
-            body = b"<!DOCTYPE html><p>log in first"
-        if wanted and kind in ("resume", "wrong"):
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(body):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(body)}")
-                self.end_headers()
-                return
-            self.send_response(206)
-            if kind == "wrong":  # resumes somewhere else than it was asked to
-                start = 0
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        else:
-            self.send_response(200)
+        body = b"<!DOCTYPE html><p>log in first" if kind == "page" else BODY
+        self.send_response(200)
         if kind != "unsized":
-            self.send_header("Content-Length", str(len(body) - start))
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[start:-1000] if kind == "short" else body[start:])
+        self.wfile.write(body)
 
 
 @pytest.fixture
@@ -785,82 +736,65 @@ def server(monkeypatch):
     thread.join()
 
 
-def part_of(url: str, cache: Path, size: int) -> Path:
-    """Leave the first `size` bytes of a download behind, as an interrupted one would."""
-    with pytest.raises(UserError):
-        fetch(url.replace("127.0.0.1", "127.0.0.1.invalid"), cache)  # does not touch url's folder
-    path = fetch(url, cache)
-    part = path.with_name(path.name + ".part")
-    path.unlink()
-    part.write_bytes(BODY[:size])
-    Server.asked.clear()
-    return part
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DMD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.mark.parametrize("kind", ["full", "unsized"])
-def test_download_once(server, tmp_path, kind):
-    path = fetch(f"{server}/{kind}/weights.pkl?token=1", tmp_path)
-    assert path.name == "weights.pkl" and path.read_bytes() == BODY
+def test_download_once(server, cache, kind):
+    path = fetch(f"{server}/{kind}/weights.pkl?token=1")
+    assert path.name == "weights.pkl" and path.read_bytes() == BODY and cache in path.parents
     assert os.listdir(path.parent) == ["weights.pkl"]
-    assert fetch(f"{server}/{kind}/weights.pkl?token=1", tmp_path) == path
-    assert Server.asked == [(kind, None)]
-    assert fetch(f"{server}/resume/weights.pkl", tmp_path) != path  # same name, other address
+    assert fetch(f"{server}/{kind}/weights.pkl?token=1") == path
+    assert Server.asked == [kind]
+    assert fetch(f"{server}/full/weights.pkl") != path  # same name, other address
 
 
-@pytest.mark.parametrize(
-    ("kind", "size"),
-    [("resume", 1000), ("full", 1000), ("wrong", 1000), ("resume", len(BODY))],
-)
-def test_an_interrupted_download_goes_on(server, tmp_path, kind, size):
-    """Also with servers that ignore the range, or send another one."""
-    part = part_of(f"{server}/{kind}/weights.pkl", tmp_path, size)
-    if kind == "resume" and size == 1000:  # proof that the first bytes are not sent again
-        part.write_bytes(b"x" * size)
-    path = fetch(f"{server}/{kind}/weights.pkl", tmp_path)
-    expected = b"x" * size + BODY[size:] if kind == "resume" and size == 1000 else BODY
-    assert path.read_bytes() == expected and not part.exists()
-    assert Server.asked == [(kind, f"bytes={size}-")]
-
-
-def test_a_part_longer_than_the_file_is_dropped(server, tmp_path):
-    part = part_of(f"{server}/resume/weights.pkl", tmp_path, 10)
-    part.write_bytes(BODY + b"more")
-    assert fetch(f"{server}/resume/weights.pkl", tmp_path).read_bytes() == BODY
+def test_a_download_of_known_hash(server, tmp_path):
+    right = hashlib.sha256(BODY).hexdigest()[:8]
+    path = tmp_path / "weights.pth"
+    with pytest.raises(UserError, match=r"invalid hash value.* put it at .*weights\.pth"):
+        downloads.download(f"{server}/full/weights.pth", path, sha256="00000000")
+    assert not list(tmp_path.iterdir())
+    assert downloads.download(f"{server}/full/weights.pth", path, sha256=right) == path
 
 
 def fails(url: str, cache: Path, *words: str):
+    """Assert that it cannot be had, in one line, and that nothing is left in the cache."""
     with pytest.raises(UserError) as caught:
-        fetch(url, cache)
+        fetch(url)
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 500
+    assert "\n" not in message and len(message) < 600
     for word in words:
         assert word in message
-    assert not [path for path in cache.rglob("*") if path.suffix == ".pkl"]
+    assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
-def test_downloads_that_fail(server, tmp_path, monkeypatch):
-    fails(f"{server}/absent/weights.pkl", tmp_path, "404", "give its path instead")
-    fails(f"{server}/page/weights.pkl", tmp_path, "web page", "give its path instead")
-    fails(f"{server}/short/weights.pkl", tmp_path, "broke off at byte 1279000", "rerun to resume")
-    fails("http://127.0.0.1:9/weights.pkl", tmp_path, "cannot be reached", "give its path instead")
-    fails("https://no.such.host.invalid/weights.pkl", tmp_path, "cannot be reached")
-    fails("https://[broken/weights.pkl", tmp_path)
-    fails(f"{server}/", tmp_path, "names no file")
-    (tmp_path / "file").touch()
-    fails(f"{server}/full/weights.pkl", tmp_path / "file", "DMD_CACHE")
+def test_downloads_that_fail(server, cache, tmp_path, monkeypatch):
+    by_hand = "download it yourself and put it at "
+    fails(f"{server}/absent/weights.pkl", cache, "404", by_hand)
+    fails(f"{server}/page/weights.pkl", cache, "web page", by_hand)
+    fails("http://127.0.0.1:9/weights.pkl", cache, "refused", by_hand)
+    fails("https://no.such.host.invalid/weights.pkl", cache, "cannot be had", by_hand)
+    fails("https://[broken/weights.pkl", cache)
+    fails(f"{server}/", cache, "names no file")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(edm_files.tqdm, "update", full)
-    fails(f"{server}/full/weights.pkl", tmp_path, "No space left", "make room")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.hub.tqdm, "update", full)
+        fails(f"{server}/full/weights.pkl", cache, "No space left", by_hand)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DMD_CACHE", str(tmp_path / "file"))
+    fails(f"{server}/full/weights.pkl", cache, "Not a directory")
 
 
-def test_paths_and_the_default_cache(server, tmp_path, monkeypatch):
+def test_paths_and_names(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert fetch("some/file.pkl") == Path("some/file.pkl")
-    monkeypatch.setenv("DMD_CACHE", str(tmp_path / "cache"))
-    assert tmp_path / "cache" in fetch(f"{server}/full/weights.pkl").parents
     name = "edm-cifar10-32x32-cond-vp.pkl"
     assert EDM_URLS[name] == f"https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{name}"
     monkeypatch.setitem(EDM_URLS, name, f"{server}/full/{name}")
@@ -870,8 +804,8 @@ def test_paths_and_the_default_cache(server, tmp_path, monkeypatch):
 
 
 def test_hugging_face(tmp_path, monkeypatch):
-    def there(repo, file, cache_dir):
-        assert (repo, file, cache_dir) == ("owner/repo", "folder/file.bin", None)
+    def there(repo, file):
+        assert (repo, file) == ("owner/repo", "folder/file.bin")
         return str(tmp_path / "file.bin")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", there)
@@ -886,7 +820,5 @@ def test_hugging_face(tmp_path, monkeypatch):
             raise error
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
-        fails("hf://owner/repo/file.bin", tmp_path, "no network", "give its path instead")
-    fails("hf://owner/repo", tmp_path, "hf://owner/repo/file")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    fails("hf://owner/repo/file.bin", tmp_path, "pip install huggingface_hub")
+        fails("hf://owner/repo/file.bin", tmp_path / "cache", "no network", "give its path")
+    fails("hf://owner/repo", tmp_path / "cache", "hf://owner/repo/file")

@@ -14,7 +14,9 @@ def line_of(name: str, file: str) -> int:
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     *owner, name = name.split(".")
     start = line_of(owner[0], file) if owner else 0
-    pattern = re.compile(rf"    def {name}\b" if owner else rf"(def|class) {name}\b|{name} = ")
+    pattern = re.compile(
+        rf"    def {name}\b" if owner else rf"(def|class) {name}\b|{name}(, \w+)* = "
+    )
     found = [i for i, line in enumerate(lines, start=1) if pattern.match(line) and i > start]
     assert len(found) == 1 or (owner and found), name
     return found[0]

@@ -1,0 +1,88 @@
+"""Train the classifier that judges digits, and take the test images' statistics.
+
+    python assets/train_classifier.py            a few minutes on 2 CPU cores
+
+It replaces the two files in assets/; figures of evaluate.py before and after do not compare. MNIST
+(12 MB) comes through torchvision. The last line it prints:
+
+    wrote mnist_classifier.safetensors and mnist_statistics.safetensors: test accuracy 99.31%
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from plumbing.devices import pick_device
+from plumbing.digits import (
+    ASSETS,
+    CLASSIFIER,
+    STATISTICS,
+    MNISTClassifier,
+    class_diversity,
+    classify,
+    load_mnist,
+)
+from plumbing.fid import mean_and_covariance
+from plumbing.files import write_tensors
+from plumbing.options import Options, option, run_script
+from plumbing.pairs import generator_for
+
+
+@dataclass
+class Config(Options):
+    """Where from, where to, and how long."""
+
+    data: str = option("data", "folder of the MNIST files (downloaded by torchvision if missing)")
+    out: str = option(str(ASSETS), "folder of the two files")
+    epochs: int = option(8, "passes over the training images", least=1)
+    batch_size: int = option(128, "images per step", least=1)
+    seed: int = option(0, "seed of everything random", least=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+
+
+def main(config: Config) -> None:
+    """Train on MNIST's training set, then write the weights and the test set's statistics."""
+    device = pick_device(config.device)
+    images, labels = load_mnist(config.data, train=True)
+    test_images, test_labels = load_mnist(config.data, train=False)
+    torch.manual_seed(config.seed)
+    classifier = MNISTClassifier().to(device)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
+    total = config.epochs * max(1, len(images) // config.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=total)
+    progress = tqdm(range(total), desc="classifier")
+    for step in progress:
+        generator = generator_for(config.seed, step)
+        index = torch.randint(len(images), (config.batch_size,), generator=generator)
+        # Shifts of up to two pixels: digits are not always centred in what a generator makes.
+        dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        x = images[index].roll((dy, dx), dims=(2, 3)).to(device)
+        loss = F.cross_entropy(classifier(x)[1], labels[index].to(device), label_smoothing=0.05)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+
+    # What ships is float16; the statistics belong to exactly those weights.
+    classifier.half()
+    tensors = {name: value.clone() for name, value in classifier.state_dict().items()}
+    features, logits = classify(classifier.float().eval(), test_images, device)
+    mean, covariance = mean_and_covariance(features)
+    diversity = torch.tensor(class_diversity(test_images, test_labels), dtype=torch.float64)
+    statistics = {"mean": mean, "covariance": covariance, "diversity": diversity}
+    out = Path(config.out)
+    write_tensors(out / CLASSIFIER.name, tensors, {"dataset": "mnist"})
+    write_tensors(out / STATISTICS.name, statistics, {"dataset": "mnist test set"})
+    accuracy = (logits.argmax(1) == test_labels).double().mean()
+    print(f"wrote {CLASSIFIER.name} and {STATISTICS.name}: test accuracy {accuracy:.2%}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
