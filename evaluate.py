@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp, pick_device
 from plumbing.digits import measure, train_classifier
-from plumbing.edm_files import fetch
+from plumbing.downloads import fetch
 from plumbing.fid import (
     EDM_REFERENCES,
     INCEPTION_HASH,

@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 
 from dmd_loss import OneStepGenerator
-from edm_unet import SIGMA_MAX, EDMDenoiser, EDMPrecond, heun_sample
-from plumbing.devices import DTYPES
-from plumbing.edm_files import (
-    fetch,
-    file_format,
+from edm_unet import (
+    SIGMA_MAX,
+    EDMDenoiser,
+    EDMPrecond,
+    heun_sample,
     load_edm,
     load_edm_with_metadata,
-    one_line_errors,
-    torch_load,
 )
-from plumbing.files import file_hash, read_header, read_json
+from plumbing.devices import DTYPES
+from plumbing.downloads import fetch
+from plumbing.edm_files import file_format
+from plumbing.files import file_hash, one_line_errors, read_header, read_json, torch_load
 from plumbing.options import UserError
 from sd_loader import (
     GuidedUNet,
@@ -42,6 +43,9 @@ from sd_loader import (
     pndm_sample,
 )
 from workloads import ASSETS, WORKLOADS, Workload
+
+# What a file that does not record its network is compared with.
+ARCHITECTURES = [row.network for row in WORKLOADS.values() if not row.latent]
 
 
 class EDMTeacher:
@@ -149,7 +153,7 @@ def load_teacher(
     """
     if not workload.latent:
         path = fetch(workload.teacher)
-        net = load_edm(path)
+        net = load_edm(path, ARCHITECTURES)
         check_fits(workload, net, path)
         return EDMTeacher(net, {"name": path.name, "sha256": file_hash(path)})
     source, decoder = workload.teacher, "tiny_vae" if workload.decoder == "tiny" else "vae"
@@ -223,13 +227,13 @@ def load_generator(source: str | Path) -> tuple[OneStepGenerator, dict[str, str]
     of Stable Diffusion v1.x under diffusers' names.
 
     Args:
-        source: a file, or an address that edm_files.fetch knows.
+        source: a file, or an address that downloads.fetch knows.
     """
     path = fetch(str(source))
     if is_sd_unet(path):
         mu, metadata = load_sd_generator(path)
     else:
-        net, metadata = load_edm_with_metadata(path)
+        net, metadata = load_edm_with_metadata(path, ARCHITECTURES)
         if "kwargs" not in metadata:  # not a file of ours
             fitting = [
                 name
@@ -277,7 +281,7 @@ def check_teaches(teacher: Teacher, metadata: dict, path: Path) -> None:
 
 
 def find_generator(given: str | None) -> Path:
-    """The generator to use: the one given (a run folder, a file, or an address that edm_files.fetch
+    """The generator to use: the one given (a run folder, a file, or an address that downloads.fetch
     knows), else the newest run's, else the shipped one (and says so)."""
     if given:
         folder = Path(given)

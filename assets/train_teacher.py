@@ -27,11 +27,18 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from edm_unet import EDMPrecond, heun_sample
+from edm_unet import EDMPrecond, heun_sample, load_edm
 from plumbing.devices import pick_device
 from plumbing.digits import confidence, load_classifier, load_mnist
-from plumbing.edm_files import load_edm, one_line_errors, torch_load
-from plumbing.files import holds_files, save_grid, write_csv, write_tensors, write_torch
+from plumbing.files import (
+    holds_files,
+    one_line_errors,
+    save_grid,
+    torch_load,
+    write_csv,
+    write_tensors,
+    write_torch,
+)
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import generator_for
 from teachers import check_fits

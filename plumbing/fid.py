@@ -36,16 +36,16 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from plumbing.edm_files import (
-    BY_HAND,
+from plumbing.downloads import BY_HAND, download, fetch
+from plumbing.files import (
     DAMAGE,
-    download,
-    fetch,
+    file_hash,
     one_line,
     one_line_errors,
+    read_tensors,
     torch_load,
+    write_tensors,
 )
-from plumbing.files import file_hash, read_tensors, write_tensors
 from plumbing.options import UserError
 
 FEATURES = 2048
