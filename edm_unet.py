@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 class Style(NamedTuple):
-    """Where the two architectures differ, beside their embeddings."""
+    """Where the residual blocks of the two architectures differ."""
 
     eps: float  # of the group norms
     adaptive_scale: bool  # the embedding scales and shifts the normalised features; or is added
@@ -71,13 +71,8 @@ ADM = Style(1e-5, True, 1.0, False, head_channels=64, attends_always=True)
 
 
 class UNetBlock(nn.Module):
-    """Residual block with noise embedding, optional 2x resampling and optional self-attention.
-
-    Args:
-        c_in, c_out: channels of input and output.
-        emb_channels: width of the embedding vector.
-        resample: None, "down" (2x2 mean) or "up" (pixel repetition), applied before convolving.
-    """
+    """Residual block with noise embedding, optional self-attention and optional 2x resampling
+    before the convolutions: `resample` is None, "down" (2x2 mean) or "up" (pixel repetition)."""
 
     def __init__(
         self,
@@ -91,8 +86,7 @@ class UNetBlock(nn.Module):
     ):
         super().__init__()
         self.style, self.resample, self.dropout = style, resample, dropout
-        heads = c_out // style.head_channels if style.head_channels else 1
-        self.num_heads = heads if attention else 0
+        self.num_heads = c_out // (style.head_channels or c_out) if attention else 0
         self.norm0 = group_norm(c_in, style.eps)
         self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.affine = nn.Linear(emb_channels, 2 * c_out if style.adaptive_scale else c_out)
@@ -204,11 +198,8 @@ def run_unet(enc: nn.ModuleDict, dec: nn.ModuleDict, x: Tensor, emb: Tensor) -> 
 
 
 def initialise(net: nn.Module, output_scale: float) -> None:
-    """Xavier-uniform weights, zero biases; residual branches and the output start at ~zero.
-
-    Args:
-        output_scale: factor on the weights of every `conv1`, `proj` and output convolution.
-    """
+    """Xavier-uniform weights, zero biases; residual branches and the output start at ~zero, by the
+    factor output_scale on every `conv1`, `proj` and output convolution."""
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -232,7 +223,7 @@ class SongUNet(nn.Module):
         model_channels, channel_mult: level L has model_channels * channel_mult[L] channels.
         channel_mult_emb, channel_mult_noise: widths of the embedding and of the noise encoding.
         num_blocks: residual blocks per resolution (one more in the decoder).
-        attn_resolutions: resolutions with single-head self-attention.
+        attn_resolutions: resolutions with self-attention.
         dropout: rate during training of the denoiser; DMD runs every network in eval mode.
         augment_dim, embedding_type, encoder_type, decoder_type, resample_filter: recorded in EDM's
             files. The first is ignored (see the module's docstring), the others must be DDPM++'s.
@@ -293,10 +284,7 @@ class SongUNet(nn.Module):
 
 
 class DhariwalUNet(nn.Module):
-    """ADM (Dhariwal and Nichol 2021, section 3), in EDM's variant: ImageNet-64.
-
-    Args: as SongUNet; attention has one head per 64 channels.
-    """
+    """ADM (Dhariwal and Nichol 2021, section 3), in EDM's variant: ImageNet-64. Args: as above."""
 
     def __init__(
         self,
@@ -347,16 +335,14 @@ NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
 def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """EDM Table 1, column "Ours": c_skip, c_out, 1 / c_in and c_noise, all in sigma's shape.
-
-    The reciprocal, because dividing by it rounds once where multiplying by c_in rounds twice.
-    """
+    """EDM Table 1, column "Ours": c_skip, c_out, 1 / c_in (to divide by: that rounds once instead
+    of twice) and c_noise, all in sigma's shape."""
     norm = (sigma**2 + sigma_data**2).sqrt()
     return (sigma_data / norm) ** 2, sigma * sigma_data / norm, norm, sigma.log() / 4
 
 
 class EDMPrecond(nn.Module):
-    """D(x; sigma): EDM's preconditioned denoiser (EDM Eq. 7, Table 1, column "Ours").
+    """D(x; sigma): EDM's preconditioned denoiser (EDM Eq. 7).
 
     Args:
         img_resolution, img_channels, label_dim: images (B, C, R, R), number of classes or 0.
@@ -386,14 +372,10 @@ class EDMPrecond(nn.Module):
             raise UserError(f"sigma_data is {sigma_data!r} instead of a number above 0")
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.label_dim, self.sigma_data = label_dim, sigma_data
-        self.kwargs = {  # all it takes to build this network again; goes into every file we write
-            "img_resolution": img_resolution,
-            "img_channels": img_channels,
-            "label_dim": label_dim,
-            "model_type": model_type,
-            "sigma_data": sigma_data,
-            **network,
-        }
+        self.kwargs = dict(  # to build this network again; goes into every file we write
+            img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
+            model_type=model_type, sigma_data=sigma_data, **network,
+        )  # fmt: skip
         try:
             self.model = NETWORKS[model_type](img_resolution, img_channels, label_dim, **network)
         except TypeError as error:
@@ -410,15 +392,12 @@ class EDMPrecond(nn.Module):
         return class_labels.float()
 
     def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None):
-        """Estimate the clean images.
+        """Estimate the clean images, (B, C, R, R) float32.
 
         Args:
             x: noisy images (B, C, R, R), i.e. clean images in [-1, 1] plus sigma * N(0, I).
             sigma: noise level, a number or (B,) or (B, 1, 1, 1), > 0.
             class_labels: (B,) long, (B, label_dim) one-hot float, or None.
-
-        Returns:
-            D(x; sigma), (B, C, R, R) float32.
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
@@ -429,10 +408,8 @@ class EDMPrecond(nn.Module):
 
 
 def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = SIGMA_MAX, rho: float = 7.0):
-    """EDM Eq. 5: n noise levels from sigma_min up to sigma_max (ascending), float64 (n,).
-
-    n = 1 gives sigma_max alone. No zero is appended.
-    """
+    """EDM Eq. 5: n noise levels from sigma_min up to sigma_max (ascending), float64 (n,). No zero
+    is appended. n = 1 gives sigma_max alone."""
     if n == 1:
         return torch.tensor([sigma_max], dtype=torch.float64)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
@@ -448,9 +425,7 @@ def heun_sample(net, z: Tensor, class_labels: Tensor | None = None, steps: int =
 
     Args:
         net: D(x; sigma, class_labels), e.g. EDMPrecond, or any closed form.
-        z: unit-variance noise (B, C, R, R); the start is sigma_max * z.
-        class_labels: as net takes them.
-        steps: number of noise levels, from 80 to 0.002 and then 0.
+        z: unit-variance noise (B, C, R, R); the start is 80 z, `steps` levels lead to 0.002 and 0.
 
     Returns:
         y, the ODE's solution (B, C, R, R) in float32; the state is kept in float64.
@@ -490,8 +465,8 @@ class EDMDenoiser(nn.Module):
 # A network out of a file
 
 
-def load_edm(path: str | Path, architectures: Sequence[dict[str, Any]] = ()) -> EDMPrecond:
-    """An EDM network from a file of any format that edm_files.read_edm_file knows: in eval mode,
+def load_edm(path: str | Path, architectures: Sequence[dict] = ()) -> EDMPrecond:
+    """A network from a file of any format that edm_files.read_edm_file knows: in eval mode,
     float32, on the CPU, without gradients.
 
     Args:
@@ -502,8 +477,8 @@ def load_edm(path: str | Path, architectures: Sequence[dict[str, Any]] = ()) -> 
 
 
 def load_edm_with_metadata(
-    path: str | Path, architectures: Sequence[dict[str, Any]] = ()
-) -> tuple[EDMPrecond, dict[str, Any]]:
+    path: str | Path, architectures: Sequence[dict] = ()
+) -> tuple[EDMPrecond, dict]:
     """load_edm, and what the file says beside the weights."""
     tensors, kwargs, metadata = read_edm_file(path)
     with one_line_errors(Path(path)):
@@ -515,28 +490,21 @@ def load_edm_with_metadata(
                 f"it fits no known network; beside the nearest, {kwargs['model_type']} for "
                 f"{size}x{size} images with {classes} classes, it"
             )
-        # Only laid out at first: initialising millions of numbers would be in vain.
-        net = empty_network(kwargs).to_empty(device="cpu")
-        load_strictly(net, tensors, what)
+        with torch.device("meta"):  # initialising millions of numbers would be in vain
+            net = EDMPrecond(**kwargs)
+        load_strictly(net.to_empty(device="cpu"), tensors, what)
     return net.eval().requires_grad_(False), metadata
 
 
-def empty_network(kwargs: dict[str, Any]) -> EDMPrecond:
-    """The network on torch's meta device: names and shapes, no memory."""
-    with torch.device("meta"):
-        return EDMPrecond(**kwargs)
-
-
-def nearest_architecture(
-    tensors: dict[str, Tensor], architectures: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def nearest_architecture(tensors: dict[str, Tensor], architectures: Sequence[dict]) -> dict:
     """The architecture that differs in the fewest names and shapes."""
     if not architectures:
         raise UserError("it does not say which network it is of; use the file of a run")
     found = {(name, value.shape) for name, value in tensors.items()}
 
-    def differences(kwargs: dict[str, Any]) -> int:
-        state = empty_network(kwargs).state_dict()
+    def differences(kwargs: dict) -> int:
+        with torch.device("meta"):
+            state = EDMPrecond(**kwargs).state_dict()
         return len(found ^ {(name, value.shape) for name, value in state.items()})
 
     return min(architectures, key=differences)

@@ -40,7 +40,7 @@ from dmd_loss import (
 )
 from edm_unet import EDMDenoiser, heun_sample, preconditioning
 from plumbing.files import write_figure
-from plumbing.options import Options, UserError, option, run_script
+from plumbing.options import Options, option, run_script
 from plumbing.pairs import generator_for
 
 MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
@@ -121,7 +121,7 @@ class MLPDenoiser(nn.Module):
 
 
 class Generator(nn.Module):
-    """G(z), which starts as one spot: G(z) = START, but for a little noise that lets it unfold."""
+    """G(z), which starts as one spot: START, but for a little noise that lets it unfold."""
 
     def __init__(self):
         super().__init__()
@@ -136,10 +136,8 @@ class Generator(nn.Module):
 
 
 def no_score(x_t: Tensor, t: Tensor, cond: None = None) -> Tensor:
-    """The denoiser of a density that is the same everywhere: mu = x_t / alpha_t, hence s = 0.
-
-    In the place of mu_fake it removes s_fake from Eq. 7, and nothing else (alpha_t is 1 here).
-    """
+    """The denoiser of a density that is the same everywhere, mu = x_t / alpha_t: its score is 0, so
+    in the place of mu_fake it removes s_fake from Eq. 7 (alpha_t is 1 here)."""
     return x_t
 
 
@@ -213,13 +211,9 @@ def generate(G: Generator, seed: int, n: int = 5000) -> Tensor:
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Where samples x (B, 2, 1, 1) are, by the mode they are nearest to.
-
-    Returns:
-        share (2 modes,): of the samples, adding up to 1.
-        spread (2 modes, 2 axes): over the mode's own; NaN where the share is under 1 %. It is
-            1.4826 x the median absolute deviation, which a few stray samples do not change.
-    """
+    """Samples x (B, 2, 1, 1), by the mode they are nearest to -> their share (2 modes,), and spread
+    (2 modes, 2 axes) over the mode's own, NaN where the share is under 1 %. The spread is 1.4826 x
+    the median absolute deviation, which a few stray samples do not change."""
     x = x.flatten(1)
     nearest = torch.cdist(x, MODES).argmin(dim=1)
     share = torch.bincount(nearest, minlength=2) / len(x)
@@ -257,9 +251,6 @@ def draw(path: Path, panels: dict[str, Tensor]) -> None:
 
 def main(config: Config) -> None:
     """Train the panels, print where their samples are, draw the figure."""
-    if Path(config.out).is_dir():
-        raise UserError(f"--out {config.out} is a folder; give the name of a file")
-
     mu_real = EDMDenoiser(MixtureDenoiser())
     pairs = make_pairs(mu_real, config.seed)
     samples = {"start": generate(start(config.seed)[0], config.seed)}

@@ -6,7 +6,8 @@ devices     device, precision, processes
 optim       AdamW, clipping, fp16's loss scale, averages, schedules
 pairs       the pairs on disk, and what is drawn at random
 rundir      what a run leaves: log, curves, checkpoints; signals
-edm_files   other people's EDM files, without running anything in them; downloads
+edm_files   other people's EDM files, without running anything in them
+downloads   what is given by its address
 fid         the Frechet Inception Distance by EDM's protocol
 digits      MNIST, and the classifier that judges digits
 """

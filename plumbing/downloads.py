@@ -27,9 +27,8 @@ def fetch(source: str, sha256: str = "") -> Path:
     """The local file for a path or an address.
 
     Args:
-        source: a path (returned as it is, existing or not), https://..., hf://owner/repo/file on
-            Hugging Face, or a name in EDM_NAMES. What comes by https is kept in $DMD_CACHE, else
-            in ~/.cache/dmd; the Hub has its own cache.
+        source: a path (returned as it is, existing or not), https://..., hf://owner/repo/file, or
+            a name in EDM_NAMES. Kept in $DMD_CACHE, else ~/.cache/dmd; the Hub has its own cache.
         sha256: what the SHA-256 of a download must begin with.
     """
     if source in EDM_NAMES and not Path(source).exists():
@@ -76,14 +75,15 @@ def download(url: str, path: Path, sha256: str = "") -> None:
             torch.hub.download_url_to_file(url, str(part), sha256 or None)
         except urllib.error.HTTPError as error:
             raise UserError(f"{url}: the server answers {error.code}; {by_hand}") from None
+        except RuntimeError:  # torch.hub's, about the hash
+            raise UserError(f"{url} is another file than expected: its SHA-256 differs") from None
         except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
                 ValueError) as error:  # fmt: skip
             reason = one_line(getattr(error, "reason", error), 100)
             raise UserError(f"{url} cannot be reached ({reason}); {by_hand}") from None
         if size is not None and part.stat().st_size != int(size):
-            raise UserError(
-                f"{url} broke off at byte {part.stat().st_size} of {size}; rerun, or {by_hand}"
-            )
+            have = part.stat().st_size
+            raise UserError(f"{url} broke off at byte {have} of {size}; rerun, or {by_hand}")
         with open(part, "rb") as file:
             head = file.read(64)
         if not head or is_web_page(head):

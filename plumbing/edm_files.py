@@ -13,8 +13,8 @@ own reader executes. None of that is needed for a table of numbers. Here
                 inside those bytes
 
 torch.save's files are read with weights_only=True, too. Names and shapes are compared with a
-network by whoever builds one (edm_unet.load_edm). Not defended against: a file made to fill the
-memory or to keep Python busy. It can do no more than that.
+network where one is built (edm_unet.load_edm). A file made to fill the memory, or to keep Python
+busy, is not defended against; it can do no more than that.
 """
 
 import io
@@ -31,8 +31,8 @@ from torch import Tensor
 from plumbing.files import is_web_page, one_line, one_line_errors, read_tensors, torch_load
 from plumbing.options import UserError
 
-# The generator in github.com/devrimcavusoglu/dmd was trained one step below sigma = 80, because a
-# zero is appended to its table of noise levels: at edm_unet.karras_sigmas(1000)[-2].
+# The generator of github.com/devrimcavusoglu/dmd was trained one step below sigma = 80, at
+# karras_sigmas(1000)[-2], because a zero is appended to its table of noise levels.
 MODEL_G_SIGMA = 79.56382521581216
 
 MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # opens torch.save's older format
@@ -87,9 +87,7 @@ def file_format(path: Path) -> str:
         if not head:
             raise UserError("it is empty; get it again")
         if is_web_page(head):
-            raise UserError(
-                "it is a web page, not weights; open the address in a browser to see why"
-            )
+            raise UserError("it is a web page, not weights; open its address in a browser")
         raise UserError("it is neither an EDM pickle nor a file of torch.save nor safetensors")
 
 
@@ -107,10 +105,8 @@ class SafeUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a name; called wherever a pickle asks for one."""
         if (module, name) not in self.names:
-            raise UserError(
-                f"it names {one_line(f'{module}.{name}', 80)}, which no EDM file needs and which "
-                "could run anything; nothing was run"
-            )
+            named = one_line(f"{module}.{name}", 80)
+            raise UserError(f"it names {named}, which no EDM file needs; nothing was run")
         return self.names[module, name]
 
     def persistent_load(self, identity: Any) -> Any:
@@ -119,7 +115,7 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 class Pickled:
-    """A module: of the object that was pickled, the name of its class and its attributes."""
+    """What is kept of a module: the name of its class and its attributes."""
 
     class_name, state = "ModuleDict", None
 
@@ -140,8 +136,8 @@ class Float64:
 
 
 class StoredTensor(NamedTuple):
-    """What torch._utils._rebuild_tensor_v2 is called with. Checked by `rebuild`, and only when the
-    whole pickle has been read, so that nothing in it can change what was checked."""
+    """What torch._utils._rebuild_tensor_v2 is called with. It is checked by `rebuild`, when the
+    whole pickle has been read and nothing in it can change it any more."""
 
     blob: bytes
     offset: int
@@ -181,22 +177,24 @@ def stand_ins() -> dict[tuple[str, str], Any]:
 
 
 def rebuild(stored: StoredTensor) -> Tensor:
-    """The tensor. torch's own function checks no bounds: a tensor that reaches beyond its storage
-    shows memory that is not the file's."""
+    """The tensor, if it lies inside its bytes; torch's own function does not check."""
     blob, offset, shape, stride = stored
-    # In torch.save's older format, whose reader compares the number of values that the header
-    # claims with the number before the values, and both with what there is.
+    # In torch.save's older format: a header, the number of values as int64, the values. Its reader
+    # tells their type; they are taken from the blob, as it would give uninitialised ones, too.
     storage = torch_load(io.BytesIO(blob)) if MAGIC in blob[:16] else None
     if not isinstance(storage, torch.storage.TypedStorage):
         raise UserError("it holds something else in the place of a tensor's numbers")
+    nbytes = storage._untyped_storage.nbytes()  # public names warn that typed ones will go
+    count, start = nbytes // storage.dtype.itemsize, len(blob) - nbytes
+    if start < 8 or blob[start - 8 : start] != struct.pack("<q", count):
+        raise UserError(f"it claims {count} numbers in a tensor of {len(blob)} bytes")
     if not all(type(number) is int for number in (offset, *shape, *stride)):
         raise UserError("it describes a tensor by something else than numbers")
-    values = storage._untyped_storage  # its public name warns that typed ones will go
-    count = values.nbytes() // storage.dtype.itemsize
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if min(offset, *shape, *stride, 0) < 0 or 0 in shape or last >= count:
         raise UserError(f"it has a tensor {tuple(shape)} that reaches beyond its {count} numbers")
-    return torch.empty(0, dtype=storage.dtype).set_(values, offset, shape, stride)
+    values = torch.frombuffer(bytearray(memoryview(blob)[start:]), dtype=storage.dtype)
+    return values.as_strided(shape, stride, offset)
 
 
 def read_edm_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -208,26 +206,25 @@ def read_edm_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(root, Pickled):
         raise UserError("it is a pickle without a network under 'ema'")
     if root.class_name != "EDMPrecond":
-        raise UserError(
-            f"its network is a {root.class_name!r}, only EDMPrecond is supported: the files beside "
-            "NVIDIA's folder baseline/, not those in it"
-        )
+        raise UserError(f"its network is a {root.class_name!r}, only EDMPrecond is supported")
     kwargs = dict(root.state["_init_kwargs"])
     for name in ("img_resolution", "img_channels", "label_dim", "sigma_data"):
         if name in root.state:
             kwargs[name] = root.state[name]
     kwargs.pop("label_dropout", None)  # acts in training only
-    return dict(named_tensors(root, "")), kwargs
+    stored = dict(named_tensors(root, ""))
+    tensors = {k: rebuild(v) if isinstance(v, StoredTensor) else v for k, v in stored.items()}
+    return tensors, kwargs
 
 
-def named_tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """Parameters and buffers of a tree of pickled modules, with their full names."""
     if not isinstance(module, Pickled):
         raise UserError(f"it holds something else in the place of the module {prefix[:-1]!r}")
     for kind in ("_parameters", "_buffers"):
         for name, value in module.state[kind].items():
             if value is not None:
-                yield prefix + name, rebuild(value) if isinstance(value, StoredTensor) else value
+                yield prefix + name, value
     for name, child in module.state["_modules"].items():
         if child is not None:
             yield from named_tensors(child, f"{prefix}{name}.")
@@ -238,10 +235,8 @@ def named_tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def bare_names(stored: Any) -> dict[str, Tensor]:
-    """Remove what wrappers put before the names: DDP's `module.`, DMD2's `feedforward_model.`.
-
-    Beside a `feedforward_model` DMD2 may have saved its other networks, which are left out.
-    """
+    """Remove what wrappers put before the names: DDP's `module.`, DMD2's `feedforward_model.`,
+    beside which DMD2 may have saved its other networks; these are left out."""
     if not isinstance(stored, dict) or not stored or not all(isinstance(k, str) for k in stored):
         raise UserError("it holds no state dict (a dict of names and tensors)")
     for wrapper in ("module.", "feedforward_model.", "module."):

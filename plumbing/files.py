@@ -147,7 +147,7 @@ def read_json(path: Path) -> dict:
 # What reading a damaged or hostile file can end in, apart from UserError.
 DAMAGE = (
     pickle.UnpicklingError, EOFError, struct.error, ValueError, TypeError, LookupError,
-    AttributeError, ArithmeticError, MemoryError, RuntimeError,
+    AttributeError, ArithmeticError, MemoryError, RuntimeError, AssertionError,
 )  # fmt: skip
 
 

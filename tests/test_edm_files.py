@@ -1,7 +1,6 @@
 """Weights from other people's files: bitwise what was written, and nothing of theirs is run."""
 
 import contextlib
-import http.server
 import io
 import json
 import math
@@ -9,29 +8,19 @@ import os
 import pickle
 import struct
 import sys
-import threading
 import types
 from collections import OrderedDict
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from test_edm_unet import golden
 from torch import nn
 
-from edm_unet import EDMPrecond
+from edm_unet import EDMPrecond, karras_sigmas, load_edm, load_edm_with_metadata
 from plumbing import edm_files
-from plumbing.edm_files import (
-    EDM_ARCHITECTURES,
-    EDM_URLS,
-    fetch,
-    load_edm,
-    load_edm_with_metadata,
-    read_edm_pickle,
-    read_edm_state,
-)
+from plumbing.edm_files import read_edm_file
 from plumbing.files import write_tensors
 from plumbing.options import UserError
 
@@ -39,6 +28,9 @@ TINY = dict(
     img_resolution=8, img_channels=3, label_dim=4, model_type="SongUNet", model_channels=16,
     channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], sigma_data=0.5,
 )  # fmt: skip
+
+
+TABLE = (TINY, {**TINY, "label_dim": 0})
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +48,10 @@ def equal(found: dict, expected: nn.Module):
         assert torch.equal(found[name], value), name
 
 
-def refused(path: Path, *words: str, read=load_edm):
+def refused(path: Path, *words: str):
     """Assert that a file is refused in one line with its name and these words."""
     with pytest.raises(UserError) as caught:
-        read(path)
+        load_edm(path, TABLE)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 700 and str(path) in message
     for word in words:
@@ -217,9 +209,9 @@ def test_every_protocol_bit_by_bit(tiny, pkl, protocol):
             "dataset_kwargs": Call(easy_dict),
         }
         path = pkl(snapshot, protocol)
-    tensors, kwargs = read_edm_pickle(path)
+    tensors, kwargs, metadata = read_edm_file(path)
     equal(tensors, tiny)
-    assert {key: kwargs[key] for key in TINY} == TINY
+    assert {key: kwargs[key] for key in TINY} == TINY and metadata == {}
     equal(load_edm(pkl(edm_network(tiny), protocol)).state_dict(), tiny)  # not in a snapshot
 
 
@@ -232,10 +224,10 @@ def test_names_of_the_first_numpy(tiny, pkl):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(tiny, pkl, dtype):
-    tensors, _ = read_edm_pickle(pkl({"ema": edm_network(tiny, dtype)}))
+    found = load_edm(pkl({"ema": edm_network(tiny, dtype)})).state_dict()
     for name, value in tiny.state_dict().items():
-        assert tensors[name].dtype == torch.float32
-        assert torch.equal(tensors[name], value.to(dtype).float())
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], value.to(dtype).float())
 
 
 def test_views_of_a_storage(tiny, pkl):
@@ -245,7 +237,7 @@ def test_views_of_a_storage(tiny, pkl):
     inside = torch.randn(expected.shape[1] + 1, expected.shape[0] + 3)
     inside[1:, 2:-1] = expected.T
     parameters["weight"] = inside[1:, 2:-1].T
-    equal(read_edm_pickle(pkl({"ema": network}))[0], tiny)
+    equal(load_edm(pkl({"ema": network})).state_dict(), tiny)
 
 
 def test_what_load_edm_returns(tiny, pkl):
@@ -292,7 +284,9 @@ def test_unsupported_networks(tiny, pkl):
     refused(pkl({"ema": network}), "model.enc.4x4_down.conv0.resample_filter", "NCSN++")
     refused(pkl({"G": 1}), "without a network under 'ema'")
     refused(pkl({"ema": edm_network(tiny, num_bloks=3)}), "num_bloks")
-    refused(pkl({"ema": edm_network(tiny, num_blocks=10**9)}), "num_blocks = 1000000000")
+    for sigma_data in ("0.5", None, [0.5], -0.5, 0, math.nan, math.inf):
+        refused(pkl({"ema": edm_network(tiny, sigma_data=sigma_data)}), "sigma_data is")
+    refused(pkl({"ema": edm_network(tiny, img_resolution="8")}), "")
     refused(pkl({"ema": edm_network(tiny, model_type="VGG")}), "unknown model_type 'VGG'")
 
 
@@ -363,7 +357,6 @@ def test_source_in_the_file_is_not_executed(tiny, pkl, marker):
 @pytest.mark.parametrize("protocol", [0, 1])
 def test_old_protocols_are_refused(tiny, pkl, marker, protocol):
     refused(pkl(payload("posix.system", marker), protocol), "neither an EDM pickle nor")
-    refused(pkl(payload("posix.system", marker), protocol), read=read_edm_pickle)
 
 
 class Persistently(pickle.Pickler):
@@ -404,12 +397,10 @@ def test_a_blob_without_lies_is_read(tiny, pkl):
     """What the next tests distort is well-formed to begin with: only its shape is wrong."""
     refused(pkl(with_tensor(tiny, tensor(blob()))), MISSHAPEN)
     refused(pkl(with_tensor(tiny, tensor(blob(), 0, (2, 3), (1, 2)))), MISSHAPEN)
-    storage = edm_files.read_storage(blob().call[1][0])
-    stored = edm_files.StoredTensor.of(storage, 1, (2, 2), (1, 3))
-    assert stored.float().tolist() == [[1, 4], [2, 5]]
-    # A small view of a large storage must not keep a copy of all of it.
-    copy = edm_files.StoredTensor.of(storage, 2, (3,), (1,)).float()
-    assert copy.tolist() == [2, 3, 4] and copy.untyped_storage().nbytes() == 12
+    refused(pkl(with_tensor(tiny, tensor(blob(), 0, (2, 3), (1, 1)))), MISSHAPEN)  # overlapping
+    stored = edm_files.StoredTensor(blob().call[1][0], 1, (2, 2), (1, 3))
+    assert edm_files.rebuild(stored).tolist() == [[1, 4], [2, 5]]
+    assert edm_files.rebuild(stored._replace(shape=(), stride=())).item() == 1
 
 
 @pytest.mark.parametrize(
@@ -422,8 +413,6 @@ def test_a_blob_without_lies_is_read(tiny, pkl):
         (6, (), ()),
         (0, (2, 3), (-1, 1)),
         (0, (0, 3), (3, 1)),
-        (0, (10**6, 10**6), (0, 0)),
-        (0, (2, 3), (1, 1)),
         (0, (1 << 62, 1 << 62), (1 << 62, 1)),
         (0, (2, 3), (3,)),
         (0, (2.0, 3), (3, 1)),
@@ -431,11 +420,8 @@ def test_a_blob_without_lies_is_read(tiny, pkl):
     ],
 )
 def test_a_tensor_must_lie_inside_its_storage(tiny, pkl, arguments):
-    if arguments == (0, (2, 3), (1, 1)):  # overlapping, but inside: harmless
-        refused(pkl(with_tensor(tiny, tensor(blob(), *arguments))), MISSHAPEN)
-        return
     path = pkl(with_tensor(tiny, tensor(blob(), *arguments)))
-    with pytest.raises(UserError, match=r"reaches beyond|made of only|else than numbers|zip\(\)"):
+    with pytest.raises(UserError, match=r"reaches beyond|else than numbers|zip\(\)"):
         load_edm(path)
 
 
@@ -445,24 +431,40 @@ FLOATS = torch.FloatStorage
 @pytest.mark.parametrize(
     ("lie", "word"),
     [
-        (dict(numel=1 << 50), "claims 1125899906842624 numbers in a tensor of 24 bytes"),
-        (dict(numel=1 << 50, count=6), "claims 1125899906842624"),
-        (dict(count=1 << 50), "claims 6"),
-        (dict(numel=-1), "claims -1"),
-        (dict(numel=7), "claims 7"),
-        (dict(numel=5), "claims 5"),
-        (dict(values=b""), "claims 6 numbers in a tensor of 0 bytes"),
-        (dict(header=("storage", FLOATS, "0", "cpu", 6.0, None)), "claims 6.0"),
-        (dict(header=("storage", "float", "0", "cpu", 6, None)), "something else"),
-        (dict(header=("module", FLOATS, "0", "cpu", 6, None)), "something else"),
-        (dict(header=("storage", FLOATS, "0", "cpu", 6, ("1", 0, 3))), "something else"),
+        (dict(numel=1 << 50), ""),
+        (dict(numel=1 << 50, count=6), ""),
+        (dict(count=1 << 50), ""),
+        (dict(numel=-1), ""),
+        (dict(numel=7), "unexpected EOF"),
+        (dict(numel=7, count=6), "wrong byte size"),
+        (dict(numel=5), "claims 5 numbers"),
+        (dict(values=b""), ""),
+        (dict(header=("storage", FLOATS, "0", "cpu", 6.0, None)), ""),
+        (dict(header=("storage", "float", "0", "cpu", 6, None)), ""),
+        (dict(header=("module", FLOATS, "0", "cpu", 6, None)), ""),
         (dict(header=("storage", FLOATS, "0", "cpu")), "damaged"),
-        (dict(header=("storage", torch.LongStorage, "0", "cpu", 6, None)), "torch.LongStorage"),
-        (dict(keys=("1",)), "something else"),
+        (dict(header=("storage", torch.LongStorage, "0", "cpu", 3, None), count=3), ""),
+        (dict(header=("storage", FLOATS, "0", "cpu", 6, ("1", 1, 3))), ""),
+        (dict(keys=("1",)), "damaged"),
+        (dict(keys=(), values=b""), "claims 6 numbers"),  # torch leaves them uninitialised
     ],
 )
 def test_a_storage_that_lies(tiny, pkl, lie, word):
     refused(pkl(with_tensor(tiny, tensor(blob(**lie)))), word)
+
+
+def test_a_blob_that_enlarges_its_storage(tiny, pkl):
+    """A tensor beside the storage, made by torch's own function, which checks no bounds."""
+    file = io.BytesIO()
+    header = Call(None, "storage", torch.FloatStorage, "0", "cpu", 6, None)
+    arguments = (header, 0, (1000,), (1,), False, OrderedDict())
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    both = [Call(torch._utils._rebuild_tensor_v2, *arguments), header]
+    for part in (0x1950A86A20F9469CFC6C, 1001, system, both, ["0"]):
+        Persistently(file, 2).dump(part)
+    file.write(struct.pack("<q", 6) + np.arange(6, dtype="<f4").tobytes())
+    bad = Call(torch.storage._load_from_bytes, file.getvalue())
+    refused(pkl(with_tensor(tiny, tensor(bad, 0, (2, 300), (300, 1)))))
 
 
 def test_a_second_pickle_in_a_tensors_bytes(tiny, pkl, marker):
@@ -471,7 +473,7 @@ def test_a_second_pickle_in_a_tensors_bytes(tiny, pkl, marker):
         file = io.BytesIO()
         torch.save(evil, file, _use_new_zipfile_serialization=not legacy)
         bad = Call(torch.storage._load_from_bytes, file.getvalue())
-        refused(pkl(with_tensor(tiny, tensor(bad))), "system" if legacy else "damaged")
+        refused(pkl(with_tensor(tiny, tensor(bad))), "system" if legacy else "something else")
     bad = blob(header=("storage", evil, "0", "cpu", 6, None))
     refused(pkl(with_tensor(tiny, tensor(bad))), "posix.system", "nothing was run")
     bad = blob(keys=(evil,))
@@ -480,36 +482,32 @@ def test_a_second_pickle_in_a_tensors_bytes(tiny, pkl, marker):
 
 def test_other_things_in_the_place_of_a_tensor(tiny, pkl):
     for thing in ("text", 1.5, {}, [1, 2], blob(), Persistent("Linear", {})):
-        refused(pkl(with_tensor(tiny, thing)), "something else in the place of a tensor")
-    refused(pkl(with_tensor(tiny, tensor("text"))), "something else than numbers")
-    refused(pkl(with_tensor(tiny, Call(torch.storage._load_from_bytes, "text"))), "damaged")
+        refused(pkl(with_tensor(tiny, thing)), "something else than a tensor under")
+    saved = io.BytesIO()
+    torch.save(torch.ones(2, 3), saved, _use_new_zipfile_serialization=False)
+    for thing in ("text", 3, b"text", Call(torch.storage._load_from_bytes, saved.getvalue())):
+        refused(pkl(with_tensor(tiny, tensor(thing))))
+    refused(pkl(with_tensor(tiny, Call(torch.storage._load_from_bytes, "text"))))
 
 
-def test_pickles_that_would_exhaust_the_memory(tiny, pkl):
-    head = b"\x80\x04"
-    refused(pkl(head + b"}r" + struct.pack("<I", 50_000_000) + b"."), "more instructions")
-    refused(pkl(head + b"B" + struct.pack("<I", 2**32 - 1) + b"x" * 100 + b"."), "damaged")
-    refused(pkl(head + b"\x8e" + struct.pack("<Q", 2**62) + b"x" * 100 + b"."), "damaged")
-    refused(pkl(head + b"\x95" + struct.pack("<Q", 2**62) + b"N."), "damaged")
-    # A storage of 150,000 numbers under 40 names: more numbers than bytes in the file.
-    many = 150_000
-    shared = nn.Parameter(torch.zeros(many))
-    network = edm_network(tiny)
-    parameters = state_at(network, "model")["_parameters"]
-    parameters.update({f"extra{i}": shared for i in range(40)})
-    refused(pkl({"ema": network}), "share their numbers")
+@pytest.mark.parametrize(
+    "state",
+    [
+        (blob(), 0, (64, 64), (64, 1)),  # of a real tensor it would be `set_`, which checks nothing
+        {"shape": (64, 64)},
+        (None, {"shape": (64, 64)}),
+    ],
+)
+def test_what_was_read_cannot_be_changed(tiny, pkl, state):
+    changed = tensor(blob())
+    changed.call = (*changed.call, state)  # BUILD, after the call
+    refused(pkl(with_tensor(tiny, changed)), "damaged")
 
 
-def test_pickles_that_never_end(pkl, monkeypatch):
-    monkeypatch.setattr(edm_files, "MAX_OPCODES", 1000)
-    refused(pkl(b"\x80\x04}" + b"q\x00" * 1000 + b"."), "more instructions")
-
-
-@pytest.mark.parametrize(("start", "end"), [(b"}", b"Ns."), (b"}(", b"Nu."), (b"\x8f(", b"\x90.")])
-def test_tuples_of_tuples_are_never_hashed(pkl, start, end):
-    """A million deep it would crash Python; each holding the one before twice, it would not end."""
-    for tower in (b"\x85" * 60_000, b"q\x00h\x00\x86" * 60):
-        refused(pkl(b"\x80\x04" + start + b")" + tower + end), "names and numbers")
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_persistent_ids_are_refused(pkl, protocol):
+    at = {0: b"Pname\n", 2: b"\x8c\x04nameQ"}[protocol]
+    refused(pkl(b"\x80\x04" + at + b"."), "refers to something outside")
 
 
 def test_modules_that_are_no_tree(tiny, pkl):
@@ -517,24 +515,23 @@ def test_modules_that_are_no_tree(tiny, pkl):
     inner = state_at(network, "model.enc")
     inner["_modules"]["loop"] = nn.ModuleDict()
     inner["_modules"]["loop"]._modules = inner["_modules"]
-    refused(pkl({"ema": network}), "do not form a tree")
-    module = Persistent("Linear", state_of())
-    for _ in range(40):  # 2^40 places for one module
-        module = Persistent("Linear", state_of(modules={"a": module, "b": module}))
+    refused(pkl({"ema": network}), "RecursionError")
     network = edm_network(tiny)
-    network.meta["state"]["_modules"]["more"] = module
-    refused(pkl({"ema": network}), "do not form a tree")
+    network.meta["state"]["_modules"]["more"] = "text"
+    refused(pkl({"ema": network}), "in the place of the module 'more'")
 
 
 def test_no_file_leaves_a_mark_on_the_next(tiny, pkl):
-    """A pickle may set attributes of what it is given; the next file gets something fresh."""
-    before = edm_files.stand_ins()
-    for stand_in in before.values():
-        for attribute in ("__defaults__", "__setstate__", "mark"):
-            with contextlib.suppress(AttributeError, TypeError):
-                setattr(stand_in, attribute, (1, 2, 3))
-    assert hasattr(before["torch._utils", "_rebuild_parameter"], "mark")
-    assert not any(hasattr(value, "mark") for value in edm_files.stand_ins().values())
+    """A pickle may set attributes of the functions it is given; the next file gets fresh ones. A
+    class's own __setstate__ keeps it from setting the class's."""
+    first, second = edm_files.stand_ins(), edm_files.stand_ins()
+    for name, stand_in in first.items():
+        if isinstance(stand_in, types.FunctionType):
+            assert second[name] is not stand_in
+            continue
+        head = b"\x80\x04c" + "\n".join(name).encode() + b"\n"
+        refused(pkl(head + b"N}\x8c\x04markK\x01s\x86b."), "damaged")
+        assert not hasattr(stand_in, "mark")
     equal(load_edm(pkl({"ema": edm_network(tiny)})).state_dict(), tiny)
 
 
@@ -579,19 +576,11 @@ def test_files_of_other_kinds(pkl, data, word):
 
 def test_no_file(tmp_path):
     refused(tmp_path / "absent.pkl", "does not exist")
-    for read in (read_edm_pickle, read_edm_state):
-        refused(tmp_path / "absent.pkl", "does not exist", read=read)
     refused(tmp_path, "directory")
 
 
 # --------------------------------------------------------------------------------------------------
 # State dicts
-
-
-@pytest.fixture
-def in_the_table(monkeypatch):
-    table = {"tiny": TINY, "tiny-uncond": {**TINY, "label_dim": 0}}
-    monkeypatch.setattr(edm_files, "EDM_ARCHITECTURES", table)
 
 
 def released_state(net: EDMPrecond, prefix: str = "", dtype=torch.float32) -> dict:
@@ -615,47 +604,48 @@ def save(path: Path, value) -> Path:
 @pytest.mark.parametrize(
     "prefix", ["", "module.", "feedforward_model.", "module.feedforward_model."]
 )
-def test_state_dicts_of_torch(tiny, tmp_path, in_the_table, name, prefix):
+def test_state_dicts_of_torch(tiny, tmp_path, name, prefix):
     path = save(tmp_path / name, released_state(tiny, prefix))
-    tensors, kwargs, metadata = read_edm_state(path)
-    equal(tensors, tiny)
-    assert kwargs == TINY and metadata == {}
+    net, metadata = load_edm_with_metadata(path, TABLE)
+    equal(net.state_dict(), tiny)
+    assert net.kwargs == TINY and metadata == {}
 
 
-def test_dmd2_with_its_other_networks(tiny, tmp_path, in_the_table):
+def test_dmd2_with_its_other_networks(tiny, tmp_path):
     state = released_state(tiny, "feedforward_model.")
     state |= {f"guidance_model.{name}": torch.zeros(3) for name in ("fake_unet.a", "cls.weight")}
-    equal(load_edm(save(tmp_path / "pytorch_model.bin", state)).state_dict(), tiny)
+    equal(load_edm(save(tmp_path / "pytorch_model.bin", state), TABLE).state_dict(), tiny)
 
 
-def test_generator_of_a_dmd_checkpoint(tiny, tmp_path, in_the_table):
+def test_generator_of_a_dmd_checkpoint(tiny, tmp_path):
     torch.manual_seed(1)
     other = EDMPrecond(**TINY).state_dict()
     optimizer = {"state": {0: {"step": 3}}, "param_groups": [{"lr": 5e-5, "betas": (0.9, 0.999)}]}
     checkpoint = {"model_g": released_state(tiny), "model_d": other, "optimizer_g": optimizer}
     for name in ("model.pt", "legacy.pt"):
-        net, metadata = load_edm_with_metadata(save(tmp_path / name, {**checkpoint, "epoch": 3}))
+        path = save(tmp_path / name, {**checkpoint, "epoch": 3})
+        net, metadata = load_edm_with_metadata(path, TABLE)
         equal(net.state_dict(), tiny)
         assert metadata["role"] == "generator"
-        assert metadata["sigma"] == pytest.approx(79.5638, abs=1e-4)
+        assert metadata["sigma"] == karras_sigmas(1000)[-2] == pytest.approx(79.5638, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_state_dicts_in_half_precision(tiny, tmp_path, in_the_table, dtype):
-    tensors, _, _ = read_edm_state(save(tmp_path / "half.pt", released_state(tiny, "", dtype)))
+def test_state_dicts_in_half_precision(tiny, tmp_path, dtype):
+    path = save(tmp_path / "half.pt", released_state(tiny, "", dtype))
+    found = load_edm(path, TABLE).state_dict()
     for name, value in tiny.state_dict().items():
-        assert tensors[name].dtype == torch.float32
-        assert torch.equal(tensors[name], value.to(dtype).float())
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], value.to(dtype).float())
 
 
-def test_safetensors(tiny, tmp_path, in_the_table):
+def test_safetensors(tiny, tmp_path):
     path = tmp_path / "weights.safetensors"
     write_tensors(path, released_state(tiny), {})
-    tensors, kwargs, metadata = read_edm_state(path)
-    equal(tensors, tiny)
-    assert kwargs == TINY and metadata == {}
     path.rename(tmp_path / "misnamed.pkl")
-    equal(load_edm(tmp_path / "misnamed.pkl").state_dict(), tiny)
+    net, metadata = load_edm_with_metadata(tmp_path / "misnamed.pkl", TABLE)
+    equal(net.state_dict(), tiny)
+    assert net.kwargs == TINY and metadata == {}
 
 
 def test_a_header_as_long_as_a_pickles_first_byte(tmp_path):
@@ -673,27 +663,27 @@ def test_our_own_files(tiny, tmp_path):
     net, found = load_edm_with_metadata(path)  # TINY is not in the table
     equal(net.state_dict(), tiny)
     assert found == metadata and not net.training
-    for broken in ('{"img_resolution": 8}', "[1]", "{", "3"):
+    wrong = json.dumps({**tiny.kwargs, "sigma_data": "0.5"})
+    for broken in ('{"img_resolution": 8}', "[1]", "{", "3", wrong):
         write_tensors(path, tiny.state_dict(), {**metadata, "kwargs": broken})
         refused(path)
 
 
-def test_the_copies_do_not_depend_on_the_file(tiny, tmp_path, in_the_table):
+def test_the_copies_do_not_depend_on_the_file(tiny, tmp_path):
     path = save(tmp_path / "model.pt", released_state(tiny))
-    net = load_edm(path)
+    net = load_edm(path, TABLE)
     with open(path, "r+b") as file:  # torch.load maps the file, and this writes under the map
         file.write(bytes(path.stat().st_size))
     equal(net.state_dict(), tiny)
 
 
-def test_state_dicts_that_fit_nothing(tiny, tmp_path, in_the_table):
+def test_state_dicts_that_fit_nothing(tiny, tmp_path):
     state = released_state(tiny)
     state["model.map_layer0.bias"] = torch.ones(3)
     state["model.extra"] = state.pop("model.map_layer1.bias")
     refused(
         save(tmp_path / "model.pt", state),
-        "fits none of tiny, tiny-uncond",
-        "beside the nearest, tiny",
+        "beside the nearest, SongUNet for 8x8 images with 4 classes",
         "1 missing (model.map_layer1.bias)",
         "1 surplus (model.extra)",
         "1 misshapen (model.map_layer0.bias (3,) instead of (64,))",
@@ -703,12 +693,14 @@ def test_state_dicts_that_fit_nothing(tiny, tmp_path, in_the_table):
     refused(save(tmp_path / "model.pt", state), "NCSN++", "'-vp' file")
     for other in ([1, 2], {}, {"weights": 3}, {1: torch.ones(1)}, torch.ones(3)):
         refused(save(tmp_path / "model.pt", other), "holds")
+    with pytest.raises(UserError, match="does not say which network"):
+        load_edm(save(tmp_path / "model.pt", released_state(tiny)))
     ints = {name: value.long() for name, value in tiny.state_dict().items()}
     refused(save(tmp_path / "model.pt", ints), "something else than a tensor")
 
 
 @pytest.mark.parametrize("name", ["model.pt", "legacy.pt"])
-def test_hostile_files_of_torch(tiny, tmp_path, in_the_table, marker, name):
+def test_hostile_files_of_torch(tiny, tmp_path, marker, name):
     state = {**released_state(tiny), "evil": payload("posix.system", marker)}
     refused(save(tmp_path / name, state), "posix.system", "nothing was run")
     big = torch.zeros(1).expand(1 << 45)  # a shape that no memory holds, in a few bytes
@@ -718,175 +710,3 @@ def test_hostile_files_of_torch(tiny, tmp_path, in_the_table, marker, name):
     for length in (100, len(data) // 2, len(data) - 100):
         path.write_bytes(data[:length])
         refused(path, "damaged")
-
-
-def test_the_table_is_the_papers():
-    counts = {"cifar10": 55_734_147, "cifar10-uncond": 55_732_739, "imagenet64": 295_899_267}
-    shapes = {}
-    for name, kwargs in EDM_ARCHITECTURES.items():
-        shapes[name] = edm_files.empty_network(kwargs).state_dict()
-        assert sum(value.numel() for value in shapes[name].values()) == counts[name]
-    assert edm_files.nearest_architecture(shapes["cifar10-uncond"]) == "cifar10-uncond"
-
-
-# --------------------------------------------------------------------------------------------------
-# Downloads
-
-BODY = bytes(range(256)) * 5000
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves BODY in the way that the first part of the path says; notes what was asked for."""
-
-    asked: list[tuple[str, str | None]] = []
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        kind, wanted = self.path.split("/")[1], self.headers.get("Range")
-        self.asked.append((kind, wanted))
-        body, start = BODY, 0
-        if kind == "absent":
-            self.send_error(404)
-            return
-        if kind == "page":
-            body = b"<!DOCTYPE html><p>log in first"
-        if wanted and kind in ("resume", "wrong"):
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(body):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(body)}")
-                self.end_headers()
-                return
-            self.send_response(206)
-            if kind == "wrong":  # resumes somewhere else than it was asked to
-                start = 0
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        else:
-            self.send_response(200)
-        if kind != "unsized":
-            self.send_header("Content-Length", str(len(body) - start))
-        self.end_headers()
-        self.wfile.write(body[start:-1000] if kind == "short" else body[start:])
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """The address of a server on this machine."""
-    monkeypatch.setenv("no_proxy", "*")
-    Server.asked = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def part_of(url: str, cache: Path, size: int) -> Path:
-    """Leave the first `size` bytes of a download behind, as an interrupted one would."""
-    with pytest.raises(UserError):
-        fetch(url.replace("127.0.0.1", "127.0.0.1.invalid"), cache)  # does not touch url's folder
-    path = fetch(url, cache)
-    part = path.with_name(path.name + ".part")
-    path.unlink()
-    part.write_bytes(BODY[:size])
-    Server.asked.clear()
-    return part
-
-
-@pytest.mark.parametrize("kind", ["full", "unsized"])
-def test_download_once(server, tmp_path, kind):
-    path = fetch(f"{server}/{kind}/weights.pkl?token=1", tmp_path)
-    assert path.name == "weights.pkl" and path.read_bytes() == BODY
-    assert os.listdir(path.parent) == ["weights.pkl"]
-    assert fetch(f"{server}/{kind}/weights.pkl?token=1", tmp_path) == path
-    assert Server.asked == [(kind, None)]
-    assert fetch(f"{server}/resume/weights.pkl", tmp_path) != path  # same name, other address
-
-
-@pytest.mark.parametrize(
-    ("kind", "size"),
-    [("resume", 1000), ("full", 1000), ("wrong", 1000), ("resume", len(BODY))],
-)
-def test_an_interrupted_download_goes_on(server, tmp_path, kind, size):
-    """Also with servers that ignore the range, or send another one."""
-    part = part_of(f"{server}/{kind}/weights.pkl", tmp_path, size)
-    if kind == "resume" and size == 1000:  # proof that the first bytes are not sent again
-        part.write_bytes(b"x" * size)
-    path = fetch(f"{server}/{kind}/weights.pkl", tmp_path)
-    expected = b"x" * size + BODY[size:] if kind == "resume" and size == 1000 else BODY
-    assert path.read_bytes() == expected and not part.exists()
-    assert Server.asked == [(kind, f"bytes={size}-")]
-
-
-def test_a_part_longer_than_the_file_is_dropped(server, tmp_path):
-    part = part_of(f"{server}/resume/weights.pkl", tmp_path, 10)
-    part.write_bytes(BODY + b"more")
-    assert fetch(f"{server}/resume/weights.pkl", tmp_path).read_bytes() == BODY
-
-
-def fails(url: str, cache: Path, *words: str):
-    with pytest.raises(UserError) as caught:
-        fetch(url, cache)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 500
-    for word in words:
-        assert word in message
-    assert not [path for path in cache.rglob("*") if path.suffix == ".pkl"]
-
-
-def test_downloads_that_fail(server, tmp_path, monkeypatch):
-    fails(f"{server}/absent/weights.pkl", tmp_path, "404", "give its path instead")
-    fails(f"{server}/page/weights.pkl", tmp_path, "web page", "give its path instead")
-    fails(f"{server}/short/weights.pkl", tmp_path, "broke off at byte 1279000", "rerun to resume")
-    fails("http://127.0.0.1:9/weights.pkl", tmp_path, "cannot be reached", "give its path instead")
-    fails("https://no.such.host.invalid/weights.pkl", tmp_path, "cannot be reached")
-    fails("https://[broken/weights.pkl", tmp_path)
-    fails(f"{server}/", tmp_path, "names no file")
-    (tmp_path / "file").touch()
-    fails(f"{server}/full/weights.pkl", tmp_path / "file", "DMD_CACHE")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(edm_files.tqdm, "update", full)
-    fails(f"{server}/full/weights.pkl", tmp_path, "No space left", "make room")
-
-
-def test_paths_and_the_default_cache(server, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert fetch("some/file.pkl") == Path("some/file.pkl")
-    monkeypatch.setenv("DMD_CACHE", str(tmp_path / "cache"))
-    assert tmp_path / "cache" in fetch(f"{server}/full/weights.pkl").parents
-    name = "edm-cifar10-32x32-cond-vp.pkl"
-    assert EDM_URLS[name] == f"https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{name}"
-    monkeypatch.setitem(EDM_URLS, name, f"{server}/full/{name}")
-    assert fetch(name).read_bytes() == BODY
-    Path(name).write_bytes(b"mine")
-    assert fetch(name) == Path(name)
-
-
-def test_hugging_face(tmp_path, monkeypatch):
-    def there(repo, file, cache_dir):
-        assert (repo, file, cache_dir) == ("owner/repo", "folder/file.bin", None)
-        return str(tmp_path / "file.bin")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", there)
-    assert fetch("hf://owner/repo/folder/file.bin") == tmp_path / "file.bin"
-    for error in (
-        huggingface_hub.errors.LocalEntryNotFoundError("no\nnetwork"),
-        huggingface_hub.errors.EntryNotFoundError("no\nnetwork"),
-        huggingface_hub.errors.HFValidationError("no\nnetwork"),
-    ):
-
-        def absent(*_, error=error, **__):
-            raise error
-
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
-        fails("hf://owner/repo/file.bin", tmp_path, "no network", "give its path instead")
-    fails("hf://owner/repo", tmp_path, "hf://owner/repo/file")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    fails("hf://owner/repo/file.bin", tmp_path, "pip install huggingface_hub")
