@@ -2,12 +2,13 @@
 
 Read it bottom up beside Karras et al. 2022 (arXiv 2206.00364, "EDM"):
 
+    load_edm      a file, whatever its format -> EDMPrecond, ready to sample from
     EDMDenoiser   mu(x_t, t, cond): the form in which DMD uses a teacher (T = 1000 noise levels)
     heun_sample   EDM Algorithm 1 (Algorithm 2 with S_churn = 0): the teacher's ODE solution
     EDMPrecond    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7 and Table 1
     SongUNet      F, "DDPM++" of Song et al. 2021 (arXiv 2011.13456): MNIST and CIFAR-10
     DhariwalUNet  F, "ADM" of Dhariwal and Nichol 2021 (arXiv 2105.05233): ImageNet-64
-    UNetBlock     the residual block that both are made of
+    UNetBlock     the residual block that both are made of; Style, where the two differ
 
 Parameter names are those of EDM's released files (`model.enc.32x32_block0.conv0.weight`, ...), so
 released weights load strictly. Two things in those files have no counterpart here, because sampling
@@ -16,8 +17,10 @@ never needs them: the augmentation embedding (`map_augment`) and the constant 2x
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +28,7 @@ from torch.nn import functional as F
 
 from dmd_loss import SIGMA_DATA, T
 from plumbing.edm_files import read_edm_file
-from plumbing.files import load_strictly
-from plumbing.foreign import one_line_errors
+from plumbing.files import load_strictly, one_line_errors
 from plumbing.options import UserError
 
 SIGMA_MAX = 80.0  # EDM's largest noise level, where sampling starts
@@ -53,48 +55,47 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
-class UNetBlock(nn.Module):
-    """Residual block with noise embedding, optional 2x resampling and optional self-attention.
+class Style(NamedTuple):
+    """Where the residual blocks of the two architectures differ."""
 
-    Args:
-        c_in, c_out: channels of input and output.
-        emb_channels: width of the embedding vector.
-        resample: None, "down" (2x2 mean) or "up" (pixel repetition), applied before convolving.
-        num_heads: attention heads, 0 for none.
-        adaptive_scale: the embedding scales and shifts the normalised features (ADM)
-            instead of being added before the norm (DDPM++).
-        skip_scale: factor after each residual sum; sqrt(1/2) keeps the variance (DDPM++).
-        resample_skip_conv: the skip path of a resampling block has a 1x1 convolution even where
-            the number of channels stays (DDPM++).
-    """
+    eps: float  # of the group norms
+    adaptive_scale: bool  # the embedding scales and shifts the normalised features; or is added
+    skip_scale: float  # after each residual sum; sqrt(1/2) keeps the variance
+    resample_skip_conv: bool  # a resampling block's skip path has a 1x1 convolution in any case
+    head_channels: int  # of the attention; 0: a single head
+    attends_always: bool  # every decoder block at attn_resolutions; or the last of each
+
+
+DDPMPP = Style(1e-6, False, math.sqrt(0.5), True, head_channels=0, attends_always=False)
+ADM = Style(1e-5, True, 1.0, False, head_channels=64, attends_always=True)
+
+
+class UNetBlock(nn.Module):
+    """Residual block with noise embedding, optional self-attention and optional 2x resampling
+    before the convolutions: `resample` is None, "down" (2x2 mean) or "up" (pixel repetition)."""
 
     def __init__(
         self,
+        style: Style,
         c_in: int,
         c_out: int,
         emb_channels: int,
-        *,
+        dropout: float,
         resample: str | None = None,
-        num_heads: int = 0,
-        dropout: float = 0.0,
-        eps: float,
-        adaptive_scale: bool,
-        skip_scale: float,
-        resample_skip_conv: bool,
+        attention: bool = False,
     ):
         super().__init__()
-        self.resample, self.num_heads = resample, num_heads
-        self.dropout, self.adaptive_scale, self.skip_scale = dropout, adaptive_scale, skip_scale
-        self.out_channels = c_out
-        self.norm0 = group_norm(c_in, eps)
+        self.style, self.resample, self.dropout = style, resample, dropout
+        self.num_heads = c_out // (style.head_channels or c_out) if attention else 0
+        self.norm0 = group_norm(c_in, style.eps)
         self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.affine = nn.Linear(emb_channels, 2 * c_out if adaptive_scale else c_out)
-        self.norm1 = group_norm(c_out, eps)
+        self.affine = nn.Linear(emb_channels, 2 * c_out if style.adaptive_scale else c_out)
+        self.norm1 = group_norm(c_out, style.eps)
         self.conv1 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        needs_conv = c_in != c_out or (resample is not None and resample_skip_conv)
+        needs_conv = c_in != c_out or (resample and style.resample_skip_conv)
         self.skip = nn.Conv2d(c_in, c_out, 1) if needs_conv else nn.Identity()
-        if num_heads:
-            self.norm2 = group_norm(c_out, eps)
+        if self.num_heads:
+            self.norm2 = group_norm(c_out, style.eps)
             self.qkv = nn.Conv2d(c_out, 3 * c_out, 1)
             self.proj = nn.Conv2d(c_out, c_out, 1)
 
@@ -109,7 +110,7 @@ class UNetBlock(nn.Module):
         b, c, h, w = x.shape
         # The channels of qkv count (head, channel, q/k/v), q/k/v fastest.
         qkv = self.qkv(self.norm2(x)).reshape(b, self.num_heads, c // self.num_heads, 3, h * w)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)  # 3 x (B, heads, HW, C/heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2)  # 3 x (B, heads, HW, C/heads)
         a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C/heads)
         return self.proj(a.transpose(2, 3).reshape(b, c, h, w))
 
@@ -117,27 +118,28 @@ class UNetBlock(nn.Module):
         """x (B, c_in, H, W), emb (B, emb_channels) -> (B, c_out, H', W'), H' by the resampling."""
         h = self.conv0(self._resample(F.silu(self.norm0(x))))
         embedded = self.affine(emb)[:, :, None, None]
-        if self.adaptive_scale:
+        if self.style.adaptive_scale:
             scale, shift = embedded.chunk(2, dim=1)
             h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         else:
             h = F.silu(self.norm1(h + embedded))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = (h + self.skip(self._resample(x))) * self.skip_scale
+        x = (h + self.skip(self._resample(x))) * self.style.skip_scale
         if self.num_heads:
-            x = (self._attention(x) + x) * self.skip_scale
+            x = (self._attention(x) + x) * self.style.skip_scale
         return x
 
 
 def build_unet(
+    style: Style,
     img_resolution: int,
     img_channels: int,
-    widths: list[int],
     first_width: int,
+    widths: list[int],
     num_blocks: int,
-    block,
-    attention_everywhere: set[int],
-    attention_last: set[int],
+    attn_resolutions: Sequence[int],
+    emb_channels: int,
+    dropout: float,
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """The encoder and decoder tables of both networks, under EDM's names.
 
@@ -147,14 +149,11 @@ def build_unet(
         dec:  {r}x{r}_in0 _in1 at the lowest, {r}x{r}_up at every other, then  block0 .. block{n}
 
     Every decoder `block` takes one encoder output (from the last to the first) beside its input.
-
-    Args:
-        block: block(c_in, c_out, resample=..., attention=...) -> UNetBlock.
-        attention_everywhere: resolutions at which every encoder and decoder block attends.
-        attention_last: resolutions at which encoder blocks and the last decoder block attend.
     """
     enc, dec = nn.ModuleDict(), nn.ModuleDict()
-    attending = attention_everywhere | attention_last
+
+    def block(c_in, c_out, **how):
+        return UNetBlock(style, c_in, c_out, emb_channels, dropout, **how)
 
     c = first_width
     enc[f"{img_resolution}x{img_resolution}_conv"] = nn.Conv2d(img_channels, c, 3, padding=1)
@@ -165,7 +164,7 @@ def build_unet(
             enc[f"{r}x{r}_down"] = block(c, c, resample="down")
             skips.append(c)
         for i in range(num_blocks):
-            enc[f"{r}x{r}_block{i}"] = block(c, width, attention=r in attending)
+            enc[f"{r}x{r}_block{i}"] = block(c, width, attention=r in attn_resolutions)
             c = width
             skips.append(c)
 
@@ -177,7 +176,7 @@ def build_unet(
         else:
             dec[f"{r}x{r}_up"] = block(c, c, resample="up")
         for i in range(num_blocks + 1):
-            attends = r in attention_everywhere or (r in attention_last and i == num_blocks)
+            attends = r in attn_resolutions and (style.attends_always or i == num_blocks)
             dec[f"{r}x{r}_block{i}"] = block(c + skips.pop(), width, attention=attends)
             c = width
     return enc, dec
@@ -199,11 +198,8 @@ def run_unet(enc: nn.ModuleDict, dec: nn.ModuleDict, x: Tensor, emb: Tensor) -> 
 
 
 def initialise(net: nn.Module, output_scale: float) -> None:
-    """Xavier-uniform weights, zero biases; residual branches and the output start at ~zero.
-
-    Args:
-        output_scale: factor on the weights of every `conv1`, `proj` and output convolution.
-    """
+    """Xavier-uniform weights, zero biases; residual branches and the output start at ~zero, by the
+    factor output_scale on every `conv1`, `proj` and output convolution."""
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -227,7 +223,7 @@ class SongUNet(nn.Module):
         model_channels, channel_mult: level L has model_channels * channel_mult[L] channels.
         channel_mult_emb, channel_mult_noise: widths of the embedding and of the noise encoding.
         num_blocks: residual blocks per resolution (one more in the decoder).
-        attn_resolutions: resolutions with single-head self-attention.
+        attn_resolutions: resolutions with self-attention.
         dropout: rate during training of the denoiser; DMD runs every network in eval mode.
         augment_dim, embedding_type, encoder_type, decoder_type, resample_filter: recorded in EDM's
             files. The first is ignored (see the module's docstring), the others must be DDPM++'s.
@@ -254,7 +250,7 @@ class SongUNet(nn.Module):
         super().__init__()
         options = (embedding_type, encoder_type, decoder_type, list(resample_filter))
         if options != ("positional", "standard", "standard", [1, 1]):
-            raise ValueError(
+            raise UserError(
                 f"this SongUNet is not a DDPM++ {options}: NCSN++ networks (EDM's '-ve' files) are "
                 "not supported; use the '-vp' file of the same dataset"
             )
@@ -265,31 +261,12 @@ class SongUNet(nn.Module):
         self.map_layer0 = nn.Linear(self.noise_channels, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
 
-        def block(c_in, c_out, resample=None, attention=False):
-            return UNetBlock(
-                *(c_in, c_out, emb_channels),
-                resample=resample,
-                num_heads=1 if attention else 0,
-                dropout=dropout,
-                eps=1e-6,
-                adaptive_scale=False,
-                skip_scale=math.sqrt(0.5),
-                resample_skip_conv=True,
-            )
-
-        widths = [model_channels * m for m in channel_mult]
+        R, widths = img_resolution, [model_channels * m for m in channel_mult]
         self.enc, self.dec = build_unet(
-            img_resolution,
-            img_channels,
-            widths,
-            first_width=model_channels,
-            num_blocks=num_blocks,
-            block=block,
-            attention_everywhere=set(),
-            attention_last=set(attn_resolutions),
+            *(DDPMPP, R, img_channels, model_channels, widths),
+            *(num_blocks, attn_resolutions, emb_channels, dropout),
         )
-        R = img_resolution
-        self.dec[f"{R}x{R}_aux_norm"] = group_norm(widths[0], eps=1e-6)
+        self.dec[f"{R}x{R}_aux_norm"] = group_norm(widths[0], DDPMPP.eps)
         self.dec[f"{R}x{R}_aux_conv"] = nn.Conv2d(widths[0], img_channels, 3, padding=1)
         initialise(self, output_scale=1e-5)
 
@@ -307,10 +284,7 @@ class SongUNet(nn.Module):
 
 
 class DhariwalUNet(nn.Module):
-    """ADM (Dhariwal and Nichol 2021, section 3), in EDM's variant: ImageNet-64.
-
-    Args: as SongUNet; attention has one head per 64 channels.
-    """
+    """ADM (Dhariwal and Nichol 2021, section 3), in EDM's variant: ImageNet-64. Args: as above."""
 
     def __init__(
         self,
@@ -332,32 +306,12 @@ class DhariwalUNet(nn.Module):
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
         self.map_label = nn.Linear(label_dim, emb_channels, bias=False) if label_dim else None
 
-        def block(c_in, c_out, resample=None, attention=False):
-            return UNetBlock(
-                c_in,
-                c_out,
-                emb_channels,
-                resample=resample,
-                num_heads=c_out // 64 if attention else 0,
-                dropout=dropout,
-                eps=1e-5,
-                adaptive_scale=True,
-                skip_scale=1.0,
-                resample_skip_conv=False,
-            )
-
         widths = [model_channels * m for m in channel_mult]
         self.enc, self.dec = build_unet(
-            img_resolution,
-            img_channels,
-            widths,
-            first_width=widths[0],
-            num_blocks=num_blocks,
-            block=block,
-            attention_everywhere=set(attn_resolutions),
-            attention_last=set(),
+            *(ADM, img_resolution, img_channels, widths[0], widths),
+            *(num_blocks, attn_resolutions, emb_channels, dropout),
         )
-        self.out_norm = group_norm(widths[0], eps=1e-5)
+        self.out_norm = group_norm(widths[0], ADM.eps)
         self.out_conv = nn.Conv2d(widths[0], img_channels, 3, padding=1)
         initialise(self, output_scale=0.0)
 
@@ -380,8 +334,15 @@ NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 # The denoiser and its sampler
 
 
+def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """EDM Table 1, column "Ours": c_skip, c_out, 1 / c_in (to divide by: that rounds once instead
+    of twice) and c_noise, all in sigma's shape."""
+    norm = (sigma**2 + sigma_data**2).sqrt()
+    return (sigma_data / norm) ** 2, sigma * sigma_data / norm, norm, sigma.log() / 4
+
+
 class EDMPrecond(nn.Module):
-    """D(x; sigma): EDM's preconditioned denoiser (EDM Eq. 7, Table 1, column "Ours").
+    """D(x; sigma): EDM's preconditioned denoiser (EDM Eq. 7).
 
     Args:
         img_resolution, img_channels, label_dim: images (B, C, R, R), number of classes or 0.
@@ -406,21 +367,19 @@ class EDMPrecond(nn.Module):
     ):
         super().__init__()
         if model_type not in NETWORKS:
-            raise ValueError(f"unknown model_type {model_type!r}; known: {', '.join(NETWORKS)}")
+            raise UserError(f"unknown model_type {model_type!r}; known: {', '.join(NETWORKS)}")
+        if not isinstance(sigma_data, int | float) or not 0 < sigma_data < math.inf:
+            raise UserError(f"sigma_data is {sigma_data!r} instead of a number above 0")
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.label_dim, self.sigma_data = label_dim, sigma_data
-        self.kwargs = {  # all it takes to build this network again; goes into every file we write
-            "img_resolution": img_resolution,
-            "img_channels": img_channels,
-            "label_dim": label_dim,
-            "model_type": model_type,
-            "sigma_data": sigma_data,
-            **network,
-        }
+        self.kwargs = dict(  # to build this network again; goes into every file we write
+            img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
+            model_type=model_type, sigma_data=sigma_data, **network,
+        )  # fmt: skip
         try:
             self.model = NETWORKS[model_type](img_resolution, img_channels, label_dim, **network)
         except TypeError as error:
-            raise ValueError(f"{model_type} cannot be built: {error}") from None
+            raise UserError(f"{model_type} cannot be built: {error}") from None
 
     def one_hot(self, class_labels: Tensor | None, batch: int, device) -> Tensor | None:
         """Labels (B,) long, (B, label_dim) one-hot or None (no class: zeros) -> (B, label_dim)."""
@@ -433,35 +392,24 @@ class EDMPrecond(nn.Module):
         return class_labels.float()
 
     def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None):
-        """Estimate the clean images.
+        """Estimate the clean images, (B, C, R, R) float32.
 
         Args:
             x: noisy images (B, C, R, R), i.e. clean images in [-1, 1] plus sigma * N(0, I).
             sigma: noise level, a number or (B,) or (B, 1, 1, 1), > 0.
             class_labels: (B,) long, (B, label_dim) one-hot float, or None.
-
-        Returns:
-            D(x; sigma), (B, C, R, R) float32.
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
+        c_skip, c_out, norm, c_noise = preconditioning(sigma, self.sigma_data)
         labels = self.one_hot(class_labels, len(x), x.device)
-        out = self.model(c_in * x, c_noise.flatten().expand(len(x)), labels)
-        return c_skip * x + c_out * out.float()
-
-
-def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """EDM Table 1, "Ours": c_skip, c_out, c_in, c_noise, each in sigma's shape."""
-    norm = (sigma**2 + sigma_data**2).sqrt()
-    return (sigma_data / norm) ** 2, sigma * sigma_data / norm, 1 / norm, sigma.log() / 4
+        F_x = self.model(x / norm, c_noise.flatten().expand(len(x)), labels).float()
+        return c_skip * x + c_out * F_x
 
 
 def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = SIGMA_MAX, rho: float = 7.0):
-    """EDM Eq. 5: n noise levels from sigma_min up to sigma_max (ascending), float64 (n,).
-
-    n = 1 gives sigma_max alone. No zero is appended.
-    """
+    """EDM Eq. 5: n noise levels from sigma_min up to sigma_max (ascending), float64 (n,). No zero
+    is appended. n = 1 gives sigma_max alone."""
     if n == 1:
         return torch.tensor([sigma_max], dtype=torch.float64)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
@@ -477,9 +425,7 @@ def heun_sample(net, z: Tensor, class_labels: Tensor | None = None, steps: int =
 
     Args:
         net: D(x; sigma, class_labels), e.g. EDMPrecond, or any closed form.
-        z: unit-variance noise (B, C, R, R); the start is sigma_max * z.
-        class_labels: as net takes them.
-        steps: number of noise levels, from 80 to 0.002 and then 0.
+        z: unit-variance noise (B, C, R, R); the start is 80 z, `steps` levels lead to 0.002 and 0.
 
     Returns:
         y, the ODE's solution (B, C, R, R) in float32; the state is kept in float64.
@@ -516,53 +462,49 @@ class EDMDenoiser(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Weights
+# A network out of a file
 
 
-def load_edm(path: str | Path, architectures: dict[str, dict] | None = None) -> EDMPrecond:
-    """An EDM network from NVIDIA's pickle, a state dict of torch.save, or safetensors.
+def load_edm(path: str | Path, architectures: Sequence[dict] = ()) -> EDMPrecond:
+    """A network from a file of any format that edm_files.read_edm_file knows: in eval mode,
+    float32, on the CPU, without gradients.
 
     Args:
-        architectures: {name: arguments of EDMPrecond}; a file that does not record its arguments is
-            compared with these.
-
-    Returns:
-        the network in eval mode, float32, on the CPU, without gradients.
+        architectures: arguments of EDMPrecond. A file that does not record its own must have the
+            names and shapes of one of these.
     """
-    return load_edm_with_metadata(path, architectures or {})[0]
+    return load_edm_with_metadata(path, architectures)[0]
 
 
 def load_edm_with_metadata(
-    path: str | Path, architectures: dict[str, dict]
+    path: str | Path, architectures: Sequence[dict] = ()
 ) -> tuple[EDMPrecond, dict]:
-    """load_edm, and what the file says beside the weights (see edm_files.read_edm_file)."""
-    path, what = Path(path), "it"
-    with one_line_errors(path):
-        tensors, kwargs, metadata = read_edm_file(path)
+    """load_edm, and what the file says beside the weights."""
+    tensors, kwargs, metadata = read_edm_file(path)
+    with one_line_errors(Path(path)):
+        what = "it"
         if kwargs is None:
-            nearest = nearest_architecture(tensors, architectures)
-            what = f"it fits none of {', '.join(architectures)}; beside the nearest, {nearest}, it"
-            kwargs = architectures[nearest]
-        net = empty_network(kwargs).to_empty(device="cpu")  # it has no buffers
-        load_strictly(net, tensors, what)
+            kwargs = nearest_architecture(tensors, architectures)
+            size, classes = kwargs["img_resolution"], kwargs["label_dim"]
+            what = (
+                f"it fits no known network; beside the nearest, {kwargs['model_type']} for "
+                f"{size}x{size} images with {classes} classes, it"
+            )
+        with torch.device("meta"):  # initialising millions of numbers would be in vain
+            net = EDMPrecond(**kwargs)
+        load_strictly(net.to_empty(device="cpu"), tensors, what)
     return net.eval().requires_grad_(False), metadata
 
 
-def empty_network(kwargs: dict) -> EDMPrecond:
-    """The network on torch's meta device: names and shapes, no memory."""
-    try:
-        with torch.device("meta"):
-            return EDMPrecond(**kwargs)
-    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise UserError(f"its network cannot be built: {error}") from error
-
-
-def nearest_architecture(tensors: dict[str, Tensor], architectures: dict[str, dict]) -> str:
+def nearest_architecture(tensors: dict[str, Tensor], architectures: Sequence[dict]) -> dict:
     """The architecture that differs in the fewest names and shapes."""
+    if not architectures:
+        raise UserError("it does not say which network it is of; use the file of a run")
     found = {(name, value.shape) for name, value in tensors.items()}
 
-    def differences(name: str) -> int:
-        state = empty_network(architectures[name]).state_dict()
+    def differences(kwargs: dict) -> int:
+        with torch.device("meta"):
+            state = EDMPrecond(**kwargs).state_dict()
         return len(found ^ {(name, value.shape) for name, value in state.items()})
 
     return min(architectures, key=differences)

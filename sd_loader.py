@@ -35,8 +35,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dmd_loss import T
-from plumbing.files import load_strictly, read_json, read_tensors
-from plumbing.foreign import one_line_errors, restricted_load
+from plumbing.files import load_strictly, one_line_errors, read_json, read_tensors, torch_load
 from plumbing.options import UserError
 
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -773,7 +772,7 @@ def read_weights(part: str, path: Path, dtype: torch.dtype) -> dict[str, Tensor]
     """Read a .safetensors or .bin file -> tensors under our names, without those not needed."""
     tensors = {}
     with one_line_errors(path):
-        found = read_tensors(path)[0] if path.suffix == ".safetensors" else restricted_load(path)
+        found = read_tensors(path)[0] if path.suffix == ".safetensors" else torch_load(path)
         for name, tensor in found.items():
             if part == "text_encoder":
                 name = "text_model." + name.removeprefix("text_model.")  # transformers 5 omits it

@@ -30,8 +30,8 @@ from edm_unet import (
 )
 from plumbing.devices import DTYPES
 from plumbing.downloads import fetch
-from plumbing.files import file_hash, read_header, read_json
-from plumbing.foreign import file_format, one_line_errors, restricted_load
+from plumbing.edm_files import file_format
+from plumbing.files import file_hash, one_line_errors, read_header, read_json, torch_load
 from plumbing.options import UserError
 from sd_loader import (
     GuidedUNet,
@@ -45,7 +45,7 @@ from sd_loader import (
 from workloads import ASSETS, WORKLOADS, Workload
 
 # What a bare state dict may be; it is recognised by its names and shapes.
-ARCHITECTURES = {name: row.network for name, row in WORKLOADS.items() if not row.latent}
+ARCHITECTURES = [row.network for row in WORKLOADS.values() if not row.latent]
 
 
 class EDMTeacher:
@@ -267,7 +267,7 @@ def is_sd_unet(path: Path) -> bool:
     if kind == "pickle":  # NVIDIA's
         return False
     with one_line_errors(path):
-        names = read_header(path)[0] if kind == "safetensors" else restricted_load(path)
+        names = read_header(path)[0] if kind == "safetensors" else torch_load(path)
     return isinstance(names, list | dict) and "down_blocks.0.resnets.0.conv1.weight" in names
 
 

@@ -19,7 +19,6 @@ Device: CPU, about 20 seconds. It prints how the samples spread, and last:
     wrote figure3.png
 """
 
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +39,8 @@ from dmd_loss import (
     regression_loss,
 )
 from edm_unet import EDMDenoiser, heun_sample, preconditioning
-from plumbing.files import write_bytes
-from plumbing.options import Options, UserError, option, run_script
+from plumbing.files import write_figure
+from plumbing.options import Options, option, run_script
 from plumbing.pairs import generator_for
 
 MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
@@ -116,13 +115,13 @@ class MLPDenoiser(nn.Module):
         point, sigma = x.flatten(1), sigma[:, None]
         c_skip, c_out, _, c_noise = preconditioning(sigma, SIGMA_DATA)
         # c_in is a single mode's: F has to tell points apart that differ by a fraction of STD.
-        _, _, c_in, _ = preconditioning(sigma, STD)
+        c_in = 1 / preconditioning(sigma, STD)[2]
         F = self.F(torch.cat([c_in * point, c_noise], dim=1))
         return (c_skip * point + c_out * F).reshape(x.shape)
 
 
 class Generator(nn.Module):
-    """G(z), which starts as one spot: G(z) = START, but for a little noise that lets it unfold."""
+    """G(z), which starts as one spot: START, but for a little noise that lets it unfold."""
 
     def __init__(self):
         super().__init__()
@@ -137,10 +136,8 @@ class Generator(nn.Module):
 
 
 def no_score(x_t: Tensor, t: Tensor, cond: None = None) -> Tensor:
-    """The denoiser of a density that is the same everywhere: mu = x_t / alpha_t, hence s = 0.
-
-    In the place of mu_fake it removes s_fake from Eq. 7, and nothing else (alpha_t is 1 here).
-    """
+    """The denoiser of a density that is the same everywhere, mu = x_t / alpha_t: its score is 0, so
+    in the place of mu_fake it removes s_fake from Eq. 7 (alpha_t is 1 here)."""
     return x_t
 
 
@@ -160,54 +157,47 @@ def make_pairs(mu_real: EDMDenoiser, seed: int) -> tuple[Tensor, Tensor]:
     return z_ref, heun_sample(mu_real.net, z_ref, steps=40)
 
 
-def update(optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float) -> None:
-    """Backward and step."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.param_groups[0]["lr"] = learning_rate
-    optimizer.step()
-
-
 def train_panel(
     panel: str, config: Config, mu_real: EDMDenoiser, pairs: tuple[Tensor, Tensor]
 ) -> Generator:
-    """Algorithm 1, as in train.py: train and return G, for one of PANELS."""
+    """Algorithm 1, to be read beside train.training_step: train and return G, for one of PANELS."""
     use_fake_score, lambda_reg = PANELS[panel]
     G, mu_fake = start(config.seed)
-    optimizer_G = torch.optim.Adam(G.parameters())
-    optimizer_fake = torch.optim.Adam(mu_fake.parameters())
+    learner_G, learner_fake = (torch.optim.Adam(network.parameters()) for network in (G, mu_fake))
     for step in tqdm(range(config.steps), desc=panel):
-        # 1. Sample z ~ N(0, I) and the pair (z_ref, y_ref).
+        # 1. Sample z ~ N(0, I), and pairs (z_ref, y_ref) ~ D.
         generator = generator_for(config.seed, step)
         z, noise, noise_fake = torch.randn(3, BATCH, 2, 1, 1, generator=generator)
         u, u_fake, u_ref = torch.rand(3, BATCH, dtype=torch.float64, generator=generator)
-        index = (u_ref * NUM_PAIRS).long()
-        z_ref, y_ref = pairs[0][index], pairs[1][index]
+        z_ref, y_ref = (part[(u_ref * NUM_PAIRS).long()] for part in pairs)
+        t, t_fake = dm_noise_levels(u, config.max_step), all_noise_levels(u_fake)
 
-        # 2. Generate: x = G(z), x_ref = G(z_ref).
-        x, x_ref = G(torch.cat([z, z_ref])).chunk(2)
+        # 2. Generate x = G(z) and x_ref = G(z_ref) in one call.
+        both = G(torch.cat([z, z_ref]))
+        x, x_ref = both.split([BATCH, BATCH])
 
         # 3. Distribution-matching gradient (Eq. 7) and regression (Eq. 9); step G.
         loss_kl, _ = distribution_matching_loss(
-            mu_real,
-            mu_fake if use_fake_score else no_score,
-            x,
-            None,
-            t=dm_noise_levels(u, config.max_step),
-            noise=noise,
+            mu_real, mu_fake if use_fake_score else no_score, x, None, t=t, noise=noise
         )
         loss_reg = regression_loss(x_ref, y_ref, l2_distance)
-        decay = 1 - step / config.steps  # or G and mu_fake would circle each other for ever
-        update(optimizer_G, loss_kl + lambda_reg * loss_reg, decay * LEARNING_RATE_G)
+        (loss_kl + lambda_reg * loss_reg).backward()
+        take_step(learner_G, LEARNING_RATE_G, step, config.steps)
 
         # 4. Denoise the generated samples (Eq. 6): the same x, detached.
-        loss_denoise = denoising_loss(
-            mu_fake, x.detach(), None, t=all_noise_levels(u_fake), noise=noise_fake
-        )
+        loss_denoise = denoising_loss(mu_fake, x.detach(), None, t=t_fake, noise=noise_fake)
+        loss_denoise.backward()
 
         # 5. Step mu_fake.
-        update(optimizer_fake, loss_denoise, decay * LEARNING_RATE_FAKE)
+        take_step(learner_fake, LEARNING_RATE_FAKE, step, config.steps)
     return G
+
+
+def take_step(learner: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
+    """One step, at a learning rate that falls to zero: or G and mu_fake would circle for ever."""
+    learner.param_groups[0]["lr"] = (1 - step / steps) * peak
+    learner.step()
+    learner.zero_grad()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,13 +211,9 @@ def generate(G: Generator, seed: int, n: int = 5000) -> Tensor:
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Where samples x (B, 2, 1, 1) are, by the mode they are nearest to.
-
-    Returns:
-        share (2 modes,): of the samples, adding up to 1.
-        spread (2 modes, 2 axes): over the mode's own; NaN where the share is under 1 %. It is
-            1.4826 x the median absolute deviation, which a few stray samples do not change.
-    """
+    """Samples x (B, 2, 1, 1), by the mode they are nearest to -> their share (2 modes,), and spread
+    (2 modes, 2 axes) over the mode's own, NaN where the share is under 1 %. The spread is 1.4826 x
+    the median absolute deviation, which a few stray samples do not change."""
     x = x.flatten(1)
     nearest = torch.cdist(x, MODES).argmin(dim=1)
     share = torch.bincount(nearest, minlength=2) / len(x)
@@ -260,16 +246,11 @@ def draw(path: Path, panels: dict[str, Tensor]) -> None:
         axis.set(title=title, xlabel=f"near mode {near:.0%}, far mode {far:.0%}")
         axis.set(xlim=(-0.9, 0.9), ylim=(-0.4, 0.4), aspect="equal", xticks=[], yticks=[])
     axes[0].legend(loc="lower center", ncols=2, markerscale=4, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_bytes(path, buffer.getvalue())
+    write_figure(path, figure)
 
 
 def main(config: Config) -> None:
     """Train the panels, print where their samples are, draw the figure."""
-    if Path(config.out).is_dir():
-        raise UserError(f"--out {config.out} is a folder; give the name of a file")
-
     mu_real = EDMDenoiser(MixtureDenoiser())
     pairs = make_pairs(mu_real, config.seed)
     samples = {"start": generate(start(config.seed)[0], config.seed)}

@@ -6,8 +6,7 @@ devices     device, precision, processes
 optim       AdamW, clipping, fp16's loss scale, averages, schedules
 pairs       the pairs on disk, and what is drawn at random
 rundir      what a run leaves: log, curves, checkpoints; signals
-foreign     weights that others have made, read without running what they say
-edm_files   EDM's files, whatever their format
+edm_files   EDM's files, without running what they say
 downloads   weights by name or address
 fid         the Frechet Inception Distance by EDM's protocol
 digits      MNIST, and the classifier that judges digits

@@ -35,8 +35,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from plumbing.downloads import download, fetch
-from plumbing.files import file_hash, read_tensors, write_tensors
-from plumbing.foreign import DAMAGE, one_line, one_line_errors, restricted_load
+from plumbing.files import (
+    DAMAGE,
+    file_hash,
+    one_line,
+    one_line_errors,
+    read_tensors,
+    torch_load,
+    write_tensors,
+)
 from plumbing.options import UserError
 
 FEATURES = 2048
@@ -97,7 +104,7 @@ def inception(weights: str | Path | None, device: torch.device | str) -> nn.Modu
     with one_line_errors(path):
         # The constructor loads with weights_only=False, which runs whatever a file says: only after
         # we have seen that this one says nothing but tensors.
-        restricted_load(path)
+        torch_load(path)
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=str(path)
         )  # strict: missing, surplus and misshapen tensors are a RuntimeError
@@ -109,7 +116,8 @@ def inception_file() -> Path:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     known = [folder / name for name in INCEPTION_FILES]
     path = next((path for path in known if path.exists()), known[0])
-    download(INCEPTION_URL, path, sha256=INCEPTION_HASH)
+    if not path.exists():
+        download(INCEPTION_URL, path, INCEPTION_HASH)
     if not file_hash(path).startswith(INCEPTION_HASH):
         raise UserError(f"{path} is not the published file ({INCEPTION_URL}); delete it and rerun")
     return path

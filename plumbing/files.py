@@ -7,8 +7,12 @@ import io
 import json
 import math
 import os
+import pickle
+import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -138,6 +142,60 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} is not what this project writes; delete it and rerun")
     return value
+
+
+# What reading a damaged or hostile file can end in, apart from UserError.
+DAMAGE = (
+    pickle.UnpicklingError, EOFError, struct.error, ValueError, TypeError, LookupError,
+    AttributeError, ArithmeticError, MemoryError, RuntimeError, AssertionError,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def one_line_errors(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while reading `path` becomes a UserError of one line that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; check the path") from None
+    except UserError as error:
+        named = str(error).startswith(str(path))
+        raise UserError(one_line(error if named else f"{path} is refused: {error}")) from error
+    except (*DAMAGE, OSError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            one_line(f"{path} is damaged or not a file of weights; get it again ({reason})")
+        ) from error
+
+
+def one_line(text: object, limit: int = 500) -> str:
+    """Text of unknown origin, fit to be printed: one line, printable, not endless."""
+    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else "?" for c in line)
+    return line if len(line) <= limit else line[:limit] + " ..."
+
+
+def is_web_page(head: bytes) -> bool:
+    """Whether a file that begins like this is HTML or XML, e.g. a server's error message."""
+    head = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return head.startswith((b"<!doctype", b"<html", b"<?xml"))
+
+
+def torch_load(source: Path | io.BytesIO) -> Any:
+    """torch.load of tensors and plain containers only; maps a file where its format allows."""
+    mmap = False
+    if isinstance(source, Path):
+        with open(source, "rb") as file:
+            mmap = file.read(2) == b"PK"  # what is never asked for is then never read
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is None:
+            raise
+        raise UserError(
+            f"it names {one_line(named[1], 80)}, which no state dict needs; nothing was run"
+        ) from error
 
 
 @contextlib.contextmanager

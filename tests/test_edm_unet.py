@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from edm_unet import EDMDenoiser, EDMPrecond, heun_sample, karras_sigmas
+from plumbing.options import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -166,9 +167,9 @@ def test_labels_and_sigmas_in_every_form():
 
 
 def test_other_architectures_are_refused():
-    with pytest.raises(ValueError, match="NCSN"):
+    with pytest.raises(UserError, match="NCSN"):
         EDMPrecond(32, 3, model_type="SongUNet", encoder_type="residual")
-    with pytest.raises(ValueError, match="unknown model_type 'VGG'"):
+    with pytest.raises(UserError, match="unknown model_type 'VGG'"):
         EDMPrecond(32, 3, model_type="VGG")
-    with pytest.raises(ValueError, match="num_bloks"):
+    with pytest.raises(UserError, match="num_bloks"):
         EDMPrecond(32, 3, model_type="SongUNet", num_bloks=1)

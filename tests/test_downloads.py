@@ -1,0 +1,157 @@
+"""Downloads: whole under their name or not there, and what a failed one says."""
+
+import contextlib
+import hashlib
+import http.server
+import os
+import sys
+import threading
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from plumbing import downloads
+from plumbing.downloads import EDM_URL, download, fetch
+from plumbing.options import UserError
+
+BODY = bytes(range(256)) * 5000
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves BODY in the way that the first part of the path says; notes what was asked for."""
+
+    asked: list[str] = []
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        kind = self.path.split("/")[1]
+        self.asked.append(kind)
+        if kind == "absent":
+            self.send_error(404)
+            return
+        body = {"page": b"<!DOCTYPE html><p>log in first", "empty": b""}.get(kind, BODY)
+        self.send_response(200)
+        if kind != "unsized":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # who only asked for the length has gone
+            self.wfile.write(body[:-1000] if kind == "short" else body)
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """The address of a server on this machine; downloads go to tmp_path."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("DMD_CACHE", str(tmp_path))
+    Server.asked = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("kind", ["full", "unsized"])
+def test_download_once(server, tmp_path, kind):
+    path = fetch(f"{server}/{kind}/weights.pkl?token=1")
+    assert path.name == "weights.pkl" and path.read_bytes() == BODY
+    assert os.listdir(path.parent) == ["weights.pkl"] and tmp_path in path.parents
+    asked = list(Server.asked)
+    assert fetch(f"{server}/{kind}/weights.pkl?token=1") == path and Server.asked == asked
+    assert fetch(f"{server}/full/other/weights.pkl") != path  # same name, other address
+
+
+def fails(cache: Path, url: str, *words: str, sha256: str = ""):
+    with pytest.raises(UserError) as caught:
+        fetch(url, sha256)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500
+    for word in words:
+        assert word in message
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.name != "file"]
+
+
+def test_downloads_that_fail(server, tmp_path, monkeypatch):
+    url = f"{server}/absent/weights.pkl"
+    folder = hashlib.sha256(url.encode()).hexdigest()[:8]
+    put = f"download {url} yourself and put it at {tmp_path / folder / 'weights.pkl'}"
+    fails(tmp_path, url, "404", put)
+    fails(tmp_path, f"{server}/page/weights.pkl", "web page", "put it at")
+    fails(tmp_path, f"{server}/empty/weights.pkl", "or nothing", "put it at")
+    fails(tmp_path, f"{server}/short/weights.pkl", "broke off at byte 1279000 of 1280000")
+    fails(tmp_path, "http://127.0.0.1:9/weights.pkl", "cannot be reached", "put it at")
+    fails(tmp_path, "https://no.such.host.invalid/weights.pkl", "cannot be reached", "put it at")
+    fails(tmp_path, "https://[broken/weights.pkl")
+    fails(tmp_path, f"{server}/", "names no file")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", full)
+    fails(tmp_path, f"{server}/full/weights.pkl", "cannot write", "No space left")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DMD_CACHE", str(tmp_path / "file"))
+    fails(tmp_path, f"{server}/full/weights.pkl", "cannot write")
+
+
+def test_a_connection_that_breaks(server, tmp_path, monkeypatch):
+    """In the middle of the body: nothing of it is left."""
+
+    def broken(url, path, *_):
+        Path(path).write_bytes(BODY[:1000])
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", broken)
+    fails(tmp_path, f"{server}/full/weights.pkl", "Connection reset by peer", "put it at")
+
+
+def test_the_hash_of_a_download(server, tmp_path):
+    url, known = f"{server}/full/weights.pkl", hashlib.sha256(BODY).hexdigest()
+    fails(tmp_path, url, "another file", "SHA-256", sha256="0123")
+    assert fetch(url, known[:8]).read_bytes() == BODY
+    download(url, tmp_path / "again", known)
+    assert (tmp_path / "again").read_bytes() == BODY
+
+
+def test_paths_names_and_the_cache(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fetch("some/file.pkl") == Path("some/file.pkl")
+    name = "edm-cifar10-32x32-cond-vp.pkl"
+    assert EDM_URL + name == f"https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{name}"
+    monkeypatch.setattr(downloads, "EDM_URL", f"{server}/full/")
+    assert fetch(name).read_bytes() == BODY
+    Path(name).write_bytes(b"mine")
+    assert fetch(name) == Path(name)
+    monkeypatch.delenv("DMD_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    cache = tmp_path / "home" / ".cache" / "dmd"
+    assert cache in fetch(f"{server}/full/weights.pkl").parents
+
+
+def test_hugging_face(tmp_path, monkeypatch):
+    def there(repo, file):
+        assert (repo, file) == ("owner/repo", "folder/file.bin")
+        return str(tmp_path / "file.bin")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", there)
+    assert fetch("hf://owner/repo/folder/file.bin") == tmp_path / "file.bin"
+    for error in (
+        huggingface_hub.errors.LocalEntryNotFoundError("no\nnetwork"),
+        huggingface_hub.errors.EntryNotFoundError("no\nnetwork"),
+        huggingface_hub.errors.HFValidationError("no\nnetwork"),
+    ):
+
+        def absent(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
+        fails(tmp_path, "hf://owner/repo/file.bin", "no network", "give its path instead")
+    fails(tmp_path, "hf://owner/repo", "hf://owner/repo/file")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    fails(tmp_path, "hf://owner/repo/file.bin", "pip install huggingface_hub")
