@@ -154,7 +154,7 @@ def torchrun(ranks, *arguments):
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks,
         "--master-port", port, ROOT / "evaluate.py", *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, env=environment
     )
