@@ -2,6 +2,8 @@
 
 import json
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,54 @@ def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+def run_on_two_ranks(*arguments, torchrun: bool = False) -> subprocess.CompletedProcess:
+    """`run` in two processes, with the outputs of both.
+
+    Args:
+        torchrun: start them by torchrun, which takes as long as most trainings here, or by telling
+            them what torchrun would.
+    """
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    script = [str(ROOT / arguments[0]), *map(str, arguments[1:])]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    if torchrun:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+        commands = {None: [sys.executable, *launcher, *script]}
+    else:
+        commands = {rank: [sys.executable, *script] for rank in "01"}
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            command, **pipes, cwd=ROOT,
+            env=ONE_THREAD | ({} if torchrun else {"RANK": rank, "LOCAL_RANK": rank, **address}),
+        )
+        for rank, command in commands.items()
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    out, error = ("".join(texts) for texts in zip(*outputs, strict=True))
+    code = max(abs(process.returncode) for process in processes)
+    return subprocess.CompletedProcess(script, code, out, error)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """`run` within this process, in a moment: for a command that ends in an error."""
+
+    def call(*arguments) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+        return subprocess.CompletedProcess(sys.argv, end.value.code, *capsys.readouterr())
+
+    return call
 
 
 def fails_in_one_line(result: subprocess.CompletedProcess, *words: str) -> None:

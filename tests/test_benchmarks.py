@@ -33,10 +33,12 @@ def test_step_by_command(tmp_path):
     assert 0.1 < found["GiB"] < 16
 
 
-def test_bad_options_by_command():
-    fails_in_one_line(run("benchmarks/step.py", "--resolution", 30), "resolution", "multiple of 4")
-    fails_in_one_line(run("benchmarks/cost.py", "--tflops", 0), "--tflops", "above 0")
-    fails_in_one_line(run("benchmarks/speed.py", "--datasets", "sd15"), "sd15", "cifar10")
+def test_bad_options_by_command(run_here):
+    fails_in_one_line(
+        run_here("benchmarks/step.py", "--resolution", 30), "resolution", "multiple of 4"
+    )
+    fails_in_one_line(run_here("benchmarks/cost.py", "--tflops", 0), "--tflops", "above 0")
+    fails_in_one_line(run_here("benchmarks/speed.py", "--datasets", "sd15"), "sd15", "cifar10")
 
 
 def test_a_step_costs_eleven_forwards():

@@ -783,7 +783,7 @@ def test_evaluate_by_command(finished_run, tmp_path):
             ["make_pairs.py", "--dataset", "cifar10", "--teacher", "no.pkl"],
             ["no.pkl does not exist"],
         ),
-        (["make_pairs.py", "--device", "cuda"], ["'cuda'", "--device cpu"]),
+        (["make_pairs.py", "--device", "cuda:99"], ["'cuda:99'", "--device cpu"]),
         (["train.py", "--pairs", "nowhere"], ["no pairs in nowhere", "make_pairs.py"]),
         (["sample.py", "--labels", "10"], ["--labels 10: out of range", "0-9"]),
         (["sample.py", "--seeds", "one"], ["--seeds", "0-9"]),
@@ -791,10 +791,16 @@ def test_evaluate_by_command(finished_run, tmp_path):
         (["evaluate.py", "--rows", "pupil"], ["'pupil'", "student"]),
     ],
 )  # fmt: skip
-def test_bad_input_by_command(tmp_path, command, words):
-    script, *options = command
-    fails_in_one_line(run(script, *options, cwd=tmp_path), *words)
+def test_bad_input_by_command(tmp_path, run_here, monkeypatch, command, words):
+    monkeypatch.chdir(tmp_path)
+    fails_in_one_line(run_here(*command), *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    result = run("sample.py", "--seeds", "one", cwd=tmp_path)
+    fails_in_one_line(result, "--seeds")
+    assert result.stdout == "no run in runs/: using the shipped MNIST generator\n"
 
 
 def test_checkpoints_that_cannot_be_used(tmp_path, finished_run):

@@ -2,16 +2,12 @@
 shipped assets against their claims."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import test_fid
 import torch
-from conftest import ROOT
+from conftest import run_on_two_ranks
 
 import evaluate
 import sample
@@ -145,30 +141,15 @@ def edm_images(net, seeds, steps=None):
     return torch.cat(images)
 
 
-def torchrun(ranks, *arguments):
-    """`torchrun --nproc-per-node N evaluate.py ...` on a free port."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks,
-        "--master-port", port, ROOT / "evaluate.py", *arguments,
-    ]  # fmt: skip
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, env=environment
-    )
-
-
 @pytest.mark.slow
 def test_fid_on_two_ranks_is_edms(cifar, reference, random_weights, tmp_path):
     """By command, against EDM's steps here: seeds that pass 2^32, two ranks, uneven shares."""
     path, net = cifar
     start, statistics, numbers = 2**32 - 4, tmp_path / "s.safetensors", tmp_path / "n.json"
-    result = torchrun(
-        2, "--checkpoint", path, "--samples", 7, "--batch-size", 2, "--seed-start", start,
-        "--reference", reference, "--inception", random_weights, "--device", "cpu",
-        "--statistics", statistics, "--json", numbers,
+    result = run_on_two_ranks(
+        "evaluate.py", "--checkpoint", path, "--samples", 7, "--batch-size", 2,
+        "--seed-start", start, "--reference", reference, "--inception", random_weights,
+        "--device", "cpu", "--statistics", statistics, "--json", numbers,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
 

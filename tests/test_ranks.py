@@ -4,15 +4,12 @@ Here two processes on the CPU, which talk through gloo; on GPUs the same code go
 """
 
 import csv
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT, pairs_config
+from conftest import pairs_config, run_on_two_ranks
 
 import make_pairs
 import train
@@ -44,18 +41,9 @@ def arguments(options):
     return line
 
 
-def on_two_ranks(script, options):
-    """Run a script under torchrun."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command = [sys.executable, *launcher, str(ROOT / script), *arguments(options)]
-    return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=120)
-
-
-def train_on_two_ranks(small, out, **options):
-    result = on_two_ranks("train.py", {**OPTIONS, **small, "out": out, **options})
+def train_on_two_ranks(small, out, torchrun=False, **options):
+    options = arguments({**OPTIONS, **small, "out": out, **options})
+    result = run_on_two_ranks("train.py", *options, torchrun=torchrun)
     assert result.returncode == 0, result.stderr
     return Path(out)
 
@@ -132,7 +120,7 @@ def test_the_tolerances_tell_the_difference(small, straight, teacher, tmp_path, 
 @pytest.mark.slow
 def test_two_ranks_train_what_one_does(small, straight, teacher, tmp_path):
     """The same global batch, split over the ranks."""
-    agree(straight, train_on_two_ranks(small, tmp_path / "run"), teacher)
+    agree(straight, train_on_two_ranks(small, tmp_path / "run", torchrun=True), teacher)
 
 
 @pytest.mark.slow
@@ -197,7 +185,8 @@ def test_a_failure_of_one_rank_ends_all(small, tmp_path):
     waits for those who are gone."""
     (tmp_path / "thesis.txt").write_text("mine")
     start = time.monotonic()
-    result = on_two_ranks("train.py", {**OPTIONS, **small, "out": tmp_path})
+    options = arguments({**OPTIONS, **small, "out": tmp_path})
+    result = run_on_two_ranks("train.py", *options, torchrun=True)
     assert result.returncode != 0 and time.monotonic() - start < 60
     assert f"error: {tmp_path} holds other files; choose another --out" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
@@ -241,7 +230,7 @@ def test_drawn_noise_levels():
 def test_two_ranks_make_the_pairs_of_one(tmp_path, one_thread):
     """Byte by byte, with as many threads each."""
     options = {"num_pairs": 10, "steps": 3, "shard_size": 4, "device": "cpu"}
-    result = on_two_ranks("make_pairs.py", {**options, "out": tmp_path / "two"})
+    result = run_on_two_ranks("make_pairs.py", *arguments(options), "--out", tmp_path / "two")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("10 pairs of mnist in ") == 1
     make_pairs.main(pairs_config(**options, out=tmp_path / "one"))

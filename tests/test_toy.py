@@ -53,10 +53,10 @@ def test_figure_3s_claims(one_thread):
 
 
 @pytest.mark.slow
-def test_by_command(tmp_path):
+def test_by_command(run_here, tmp_path):
     out = tmp_path / "figure3.png"
     result = run("toy_2d.py", "--steps", 5, "--out", out)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"wrote {out}"
     assert Image.open(out).width > 800
-    fails_in_one_line(run("toy_2d.py", "--max-step", 0, "--out", out), "--max-step")
+    fails_in_one_line(run_here("toy_2d.py", "--max-step", 0, "--out", out), "--max-step")
