@@ -23,7 +23,16 @@ from torch.nn import functional as F
 T = 1000  # number of discrete noise levels, t = 0 .. T-1, larger is noisier
 T_MIN, T_MAX = round(0.02 * T), round(0.98 * T)  # of the KL gradient, Eq. 7
 SIGMA_DATA = 0.5  # standard deviation of the data, as EDM takes it and Algorithm 3 prints it
-WEIGHTINGS = ("eq8", "alg2", "dreamfusion", "prolificdreamer")
+
+# w_t of Eq. 7; m = |mu_real - x|_1 / (C S) of each sample, (B, 1, 1, 1) like alpha_t and sigma_t.
+WEIGHTINGS = {
+    "eq8": lambda alpha_t, sigma_t, m: sigma_t**2 / alpha_t / m,  # Eq. 8, the paper's choice
+    # As Algorithm 2 is written: the same where alpha_t = 1. Stable Diffusion's results are with it.
+    "alg2": lambda alpha_t, sigma_t, m: sigma_t**2 / alpha_t**2 / m,
+    # Those that Table 2 compares with.
+    "dreamfusion": lambda alpha_t, sigma_t, m: sigma_t / alpha_t,
+    "prolificdreamer": lambda alpha_t, sigma_t, m: sigma_t**3 / alpha_t,
+}
 
 
 class OneStepGenerator(nn.Module):
@@ -52,31 +61,6 @@ def score(x_t: Tensor, mu: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
     return -(x_t - alpha_t * mu) / sigma_t**2
 
 
-def gradient_weight(
-    weighting: str, x: Tensor, mu_real: Tensor, alpha_t: Tensor, sigma_t: Tensor
-) -> Tensor:
-    """w_t of Eq. 7, (B, 1, 1, 1); alpha_t > 0, sigma_t > 0 in the same shape.
-
-    Args:
-        weighting: "eq8": sigma_t^2 / alpha_t * C S / |mu_real - x|_1, the paper's choice;
-            "alg2": as Algorithm 2 is written, eq8 / alpha_t (the same where alpha_t = 1; the
-            published Stable Diffusion results use it);
-            "dreamfusion": sigma_t / alpha_t and "prolificdreamer": sigma_t^3 / alpha_t, the two
-            weightings that Table 2 compares with.
-        x: generated samples; mu_real: the teacher's prediction; both (B, C, H, W).
-    """
-    mean_abs_error = (mu_real - x).abs().mean(dim=(1, 2, 3), keepdim=True)  # |mu_real - x|_1 / CS
-    if weighting == "eq8":
-        return sigma_t**2 / alpha_t / mean_abs_error
-    if weighting == "alg2":
-        return sigma_t**2 / alpha_t**2 / mean_abs_error
-    if weighting == "dreamfusion":
-        return sigma_t / alpha_t
-    if weighting == "prolificdreamer":
-        return sigma_t**3 / alpha_t
-    raise ValueError(f"unknown weighting {weighting!r}; known: {', '.join(WEIGHTINGS)}")
-
-
 def dm_gradient(
     x: Tensor,
     x_t: Tensor,
@@ -94,15 +78,16 @@ def dm_gradient(
     Args:
         x: generated samples; x_t: the same, diffused (Eq. 3); both (B, C, H, W).
         mu_real, mu_fake: the two denoisers' *predictions* for x_t (B, C, H, W).
-        alpha_t, sigma_t: (B, 1, 1, 1).
-        weighting: see gradient_weight.
+        alpha_t, sigma_t: (B, 1, 1, 1), above 0.
+        weighting: w_t, a key of WEIGHTINGS.
 
     Returns:
         w_t alpha_t (s_fake - s_real), (B, C, H, W).
     """
     s_real = score(x_t, mu_real, alpha_t, sigma_t)
     s_fake = score(x_t, mu_fake, alpha_t, sigma_t)
-    w_t = gradient_weight(weighting, x, mu_real, alpha_t, sigma_t)
+    mean_abs_error = (mu_real - x).abs().mean(dim=(1, 2, 3), keepdim=True)  # |mu_real - x|_1 / CS
+    w_t = WEIGHTINGS[weighting](alpha_t, sigma_t, mean_abs_error)  # (B, 1, 1, 1)
     return w_t * alpha_t * (s_fake - s_real)
 
 
@@ -115,7 +100,7 @@ def distribution_matching_loss(
     t: Tensor,
     noise: Tensor,
     weighting: str = "eq8",
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Tensor:
     """Algorithm 2: a surrogate whose gradient w.r.t. x is Eq. 7's, divided by B C H W.
 
     Its *value*, 0.5 mean(grad^2), says how far apart the two scores are. It is no measure of
@@ -126,10 +111,10 @@ def distribution_matching_loss(
         x: generated samples (B, C, H, W), attached to the generator's graph.
         cond: the condition of both denoisers, or None.
         t: noise levels (B,) long, of dm_noise_levels; noise: N(0, I) in x's shape.
-        weighting: see gradient_weight.
+        weighting: a key of WEIGHTINGS.
 
     Returns:
-        loss (scalar float32), info: {"grad" (B, C, H, W)}.
+        loss, scalar float32.
     """
     with torch.no_grad():
         alpha_t, sigma_t = at(mu_real.alpha, t), at(mu_real.sigma, t)
@@ -137,8 +122,7 @@ def distribution_matching_loss(
         x_t = forward_diffusion(x_0, noise, alpha_t, sigma_t)
         p_real, p_fake = mu_real(x_t, t, cond).float(), mu_fake(x_t, t, cond).float()
         grad = dm_gradient(x_0, x_t, p_real, p_fake, alpha_t, sigma_t, weighting)
-    loss = 0.5 * F.mse_loss(x.float(), (x_0 - grad).detach(), reduction="mean")
-    return loss, {"grad": grad}
+    return 0.5 * F.mse_loss(x.float(), (x_0 - grad).detach(), reduction="mean")
 
 
 def denoising_weight(alpha_t: Tensor, sigma_t: Tensor, sigma_data: float | None) -> Tensor:

@@ -177,7 +177,7 @@ def train_panel(
         x, x_ref = both.split([BATCH, BATCH])
 
         # 3. Distribution-matching gradient (Eq. 7) and regression (Eq. 9); step G.
-        loss_kl, _ = distribution_matching_loss(
+        loss_kl = distribution_matching_loss(
             mu_real, mu_fake if use_fake_score else no_score, x, None, t=t, noise=noise
         )
         loss_reg = regression_loss(x_ref, y_ref, l2_distance)

@@ -151,7 +151,7 @@ def training_step(run: Run, step: int) -> list[Tensor]:
         loss_kl = loss_reg = x.new_zeros(())
         if config.lambda_dm:
             with run.autocast():
-                loss_kl, _ = distribution_matching_loss(
+                loss_kl = distribution_matching_loss(
                     teacher.mu_real, mu_fake.model, x, cond, t=batch.t, noise=batch.noise,
                     weighting=config.weighting,
                 )  # fmt: skip

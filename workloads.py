@@ -54,7 +54,7 @@ class Workload(Options):
     shard_size: int = option(250, "pairs per file", least=1, free=True)
 
     # Losses.
-    weighting: str = option("eq8", "w_t of the KL gradient", WEIGHTINGS)
+    weighting: str = option("eq8", "w_t of the KL gradient", tuple(WEIGHTINGS))
     max_dm_step: int = option(
         T_MAX, "T_max of the KL gradient (Table 5: 500)", least=T_MIN + 1, most=T
     )
