@@ -24,17 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumbing.devices import Ranks, autocast, join_ranks, pick_amp
-from plumbing.files import (
-    file_hash,
-    holds_files,
-    read_json,
-    read_tensors,
-    save_grid,
-    write_json,
-    write_tensors,
-)
+from plumbing.files import file_hash, read_tensors, save_grid, write_tensors
 from plumbing.options import UserError, run_script
 from plumbing.pairs import num_shards, sample_noise, shard_path, shard_range
+from plumbing.rundir import claim_folder
 from teachers import Teacher, load_teacher
 from workloads import Workload, get_workload
 
@@ -77,21 +70,6 @@ def describe(config: Workload, record: dict[str, str]) -> dict:
         prompts = Path(config.prompts)
         meta["prompts"] = {"name": prompts.name, "sha256": file_hash(prompts)}
     return meta
-
-
-def claim_folder(out: Path, meta: dict) -> None:
-    """Write meta.json. The folder says how its pairs were made; others are never mixed in."""
-    if (out / "meta.json").exists():
-        found = read_json(out / "meta.json")
-        changed = [name for name in meta if found.get(name) != meta[name]]
-        if changed:
-            raise UserError(
-                f"{out} holds pairs made with another {', '.join(changed)}; "
-                "choose another --out or delete the folder"
-            )
-    elif holds_files(out):
-        raise UserError(f"{out} holds other files; choose another --out")
-    write_json(out / "meta.json", meta)
 
 
 def make_shard(
@@ -143,7 +121,7 @@ def main(config: Workload) -> None:
         teacher = load_teacher(config).to(ranks.device, config.solver_amp)
     out, meta = Path(config.pairs), describe(config, teacher.record)
     if ranks.rank == 0:
-        claim_folder(out, meta)
+        claim_folder(out, "meta.json", meta)
     ranks.barrier()
 
     missing = [s for s in range(num_shards(meta)) if not shard_path(out, s).exists()]

@@ -84,8 +84,11 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
     pairs.check_teacher(teacher.record)
     if ranks.rank == 0:
         settings = config.settings() | {"teacher": teacher.record, "made_pairs": pairs.meta}
+        # A run may be prolonged where step k does not know how many follow.
         constant = (config.lr_decay, config.lambda_reg_decay) == ("none", 1)
-        claim_folder(Path(config.out), settings, may_be_prolonged=constant)
+        claim_folder(
+            Path(config.out), "config.json", settings, may_grow=("steps",) if constant else ()
+        )
     ranks.barrier()
 
     G, mu_fake = OneStepGenerator(teacher.student()).eval(), teacher.student()

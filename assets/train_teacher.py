@@ -130,7 +130,7 @@ def main(config: Config) -> None:
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
     run = {"net": net, "ema": ema, "optimizer": optimizer}
-    claim_folder(out, config.settings(), may_be_prolonged=False)
+    claim_folder(out, "config.json", config.settings())
     done, log = load_checkpoint(out, run)
 
     progress = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="teacher")

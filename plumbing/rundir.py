@@ -42,32 +42,27 @@ SHOWN = [*SCALARS, "images_per_s"]  # of the unpaired stream, over all ranks
 SHOW_EVERY = 10  # steps between updates of the progress line
 
 
-def claim_folder(out: Path, settings: dict, may_be_prolonged: bool) -> None:
-    """Write config.json, or check that the folder holds this very run.
+def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...] = ()) -> None:
+    """Write `settings`, all that decides what the folder will hold, to its file `name`; or check
+    that what it holds was made with just these.
 
     Args:
-        settings: all that decides the run's result, with "steps" among it.
-        may_be_prolonged: "steps" may grow, because step k does not know how many follow.
+        may_grow: settings that may be larger now than they were.
     """
     settings = json.loads(json.dumps(settings))
-    if not (out / "config.json").exists():
+    found = read_json(out / name) if (out / name).exists() else {}
+    # A setting that did not exist when the work began has not changed.
+    changed = sorted(k for k in settings if found.get(k, settings[k]) != settings[k])
+    grown = all(k in may_grow and settings[k] > found[k] for k in changed)
+    if not found.keys() & settings.keys():
         if holds_files(out):
             raise UserError(f"{out} holds other files; choose another --out")
-        return write_json(out / "config.json", settings)
-    found = read_json(out / "config.json")
-    # A setting that did not exist when the run began has not changed.
-    changed = sorted(k for k in settings if found.get(k, settings[k]) != settings[k])
-    ours, started = found.keys() & settings.keys(), (out / "checkpoint.pt").exists()
-    if not ours or (changed and not started and holds_files(out, but="config.json")):
-        raise UserError(f"{out} holds other files, and no checkpoint.pt; choose another --out")
-    longer = changed == ["steps"] and may_be_prolonged and settings["steps"] > found["steps"]
-    if changed and started and not longer:
+    elif not grown and holds_files(out, but=name):
         raise UserError(
-            f"{out} holds a run with another {', '.join(changed)}; "
+            f"what {out} holds was made with another {', '.join(changed)}; "
             "choose another --out or delete the folder"
         )
-    if changed:
-        write_json(out / "config.json", settings)
+    write_json(out / name, settings)
 
 
 def load_checkpoint(out: Path, parts: dict) -> tuple[int, list[dict]]:
@@ -98,7 +93,7 @@ def save_run(
     state: dict,
     generator: tuple[dict[str, Tensor], dict[str, str]],
     bands: list[Tensor],
-    keep: int = 1,
+    keep: int,
 ) -> None:
     """Write log, pictures, generator and checkpoint, each atomically.
 
@@ -108,8 +103,7 @@ def save_run(
         state: what load_checkpoint needs, and "step".
         generator: its tensors, and what the file says of them.
         bands: rows of images, (N, C, H, W) in [-1, 1] each.
-        keep: if several, that many checkpoints also stay under the names of their steps; to go
-            back to one of them, copy it over checkpoint.pt.
+        keep: if several, that many checkpoints also stay under the names of their steps.
     """
     write_csv(out / "log.csv", rows)
     draw_curves(out / "curves.png", rows)

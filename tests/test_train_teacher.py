@@ -106,7 +106,7 @@ def test_it_starts_from_given_weights(data, tmp_path):
 
 def test_another_run_is_left_alone(straight, data):
     before = (straight / "teacher.safetensors").read_bytes()
-    with pytest.raises(UserError, match="holds a run with another seed;"):
+    with pytest.raises(UserError, match="made with another seed;"):
         train_teacher.main(config(data, straight, seed=1))
     assert (straight / "teacher.safetensors").read_bytes() == before
 
