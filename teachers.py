@@ -120,7 +120,9 @@ class SDTeacher:
 
     def student(self) -> SDDenoiser:
         """A trainable copy, without guidance; before `to` it is float32."""
-        return SDDenoiser(copy.deepcopy(self.sd.unet)).eval().requires_grad_(True)
+        unet = copy.deepcopy(self.sd.unet)
+        unet.gradient_checkpointing = True
+        return SDDenoiser(unet).eval().requires_grad_(True)
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Prompts -> text states (B, 77, 768) float32."""

@@ -107,9 +107,6 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
         Learner(G, ranks, peak, ema=config.ema, **how),
         Learner(mu_fake, ranks, peak_fake, **how),
     )
-    for denoiser in (G.mu, mu_fake):
-        if hasattr(denoiser.net, "gradient_checkpointing"):
-            denoiser.net.gradient_checkpointing = config.checkpointing
     if config.compile:
         torch._dynamo.config.optimize_ddp = False  # older versions: not with checkpointing
         for denoiser in (G.mu, mu_fake, teacher.mu_real):
@@ -227,12 +224,12 @@ def split_batch(config: Workload, ranks: Ranks) -> list[tuple[range, range]]:
     (but for line 4), without distribution matching no unpaired ones.
     """
     parts = ranks.count * config.accumulate
-    for name in ("batch_size", "batch_size_ref"):
-        if getattr(config, name) % parts:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(config, name)} cannot be split evenly over "
-                f"{ranks.count} ranks and {config.accumulate} micro-batches; choose a multiple"
-            )
+    if config.batch_size % parts or config.batch_size_ref % parts:
+        raise UserError(
+            f"--batch-size {config.batch_size} and --batch-size-ref {config.batch_size_ref} cannot "
+            f"be split evenly over {ranks.count} ranks and {config.accumulate} parts each; choose "
+            f"multiples of {parts}"
+        )
     B = config.batch_size if config.lambda_dm else 0
     R = config.batch_size_ref if config.lambda_reg or config.kl_on_pairs else 0
     mine = range(ranks.rank * config.accumulate, (ranks.rank + 1) * config.accumulate)

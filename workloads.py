@@ -96,7 +96,6 @@ class Workload(Options):
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", free=True)
     accumulate: int = option(1, "parts of a step: less memory, same batch", least=1, free=True)
     compile: bool = option(False, "torch.compile the networks", free=True)
-    checkpointing: bool = option(True, None, free=True)  # sd15: recompute activations
     shard_optimizer: bool = option(False, "spread AdamW's state over the ranks (ZeRO-1)", free=True)
     save_every: int = option(
         1000, "steps between checkpoints, pictures and curves", least=1, free=True

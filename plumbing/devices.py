@@ -38,14 +38,12 @@ def pick_device(name: str) -> torch.device:
 
 def to(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
     """Bring tensors to the device, images in channels-last layout."""
-    layouts = [
-        torch.channels_last if x is not None and x.ndim == 4 else torch.preserve_format
-        for x in tensors
-    ]
-    return [
-        None if x is None else x.to(device, memory_format=layout)
-        for x, layout in zip(tensors, layouts, strict=True)
-    ]
+
+    def move(x: Tensor | None) -> Tensor | None:
+        layout = torch.channels_last if x is not None and x.ndim == 4 else torch.preserve_format
+        return None if x is None else x.to(device, memory_format=layout)
+
+    return [move(x) for x in tensors]
 
 
 def pick_amp(name: str, device: torch.device) -> str:

@@ -158,16 +158,14 @@ class Log:
         self, ranks: Ranks, start: int, steps: int, rows: list[dict], images: int, fp16: bool
     ):
         self.ranks, self.steps, self.rows, self.images, self.fp16 = ranks, steps, rows, images, fp16
-        self.waiting, self.rates = [], []
+        self.waiting = []
         hidden = ranks.rank > 0
         self.bar = tqdm(total=steps, initial=start, desc="train", mininterval=0.5, disable=hidden)
         self.clock = time.perf_counter()
 
     def add(self, step: int, scalars: list[Tensor], learning_rate: float) -> None:
         """Note step k's SCALARS."""
-        self.waiting.append(torch.stack(scalars))
-        self.rates.append(learning_rate)
-        self.step = step
+        self.waiting.append((step, torch.stack(scalars), learning_rate))
         if (step + 1) % SHOW_EVERY == 0 or step + 1 == self.steps:
             self.flush()
         self.bar.update()
@@ -177,16 +175,17 @@ class Log:
 
         NaN and infinity end the run here; the last checkpoint is from before that.
         """
-        values = self.ranks.mean(torch.stack(self.waiting)).tolist() if self.waiting else []
-        now = time.perf_counter()
-        rate = len(values) * self.images / (now - self.clock)
-        first = self.step + 1 - len(values)
-        for step, (scalars, lr) in enumerate(zip(values, self.rates, strict=True), start=first):
-            self.check(step, scalars)
-            row = {name: f"{value:.5g}" for name, value in zip(SCALARS, scalars, strict=True)}
-            row |= {"learning_rate": f"{lr:.4g}", "images_per_s": f"{rate:.1f}"}
+        if not self.waiting:
+            return self.rows
+        steps, scalars, rates = zip(*self.waiting, strict=True)
+        means, now = self.ranks.mean(torch.stack(scalars)).tolist(), time.perf_counter()
+        images_per_s = f"{len(steps) * self.images / (now - self.clock):.1f}"
+        for step, values, rate in zip(steps, means, rates, strict=True):
+            self.check(step, values)
+            row = {name: f"{value:.5g}" for name, value in zip(SCALARS, values, strict=True)}
+            row |= {"learning_rate": f"{rate:.4g}", "images_per_s": images_per_s}
             self.rows.append({"step": step + 1, **row})
-        self.waiting, self.rates, self.clock = [], [], now
+        self.waiting, self.clock = [], now
         self.bar.set_postfix({name: self.rows[-1][name] for name in SHOWN}, refresh=False)
         return self.rows
 

@@ -168,8 +168,12 @@ def test_accumulation_is_one_step(small, straight, teacher, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("count", "options", "message"),
     [
-        (3, {}, "--batch-size 4 cannot be split evenly over 3 ranks and 1 micro-batches"),
-        (2, {"accumulate": 4}, "--batch-size 4 cannot be split evenly over 2 ranks and 4 micro"),
+        (3, {}, "cannot be split evenly over 3 ranks and 1 parts each; choose multiples of 3"),
+        (
+            2,
+            {"accumulate": 4},
+            "--batch-size 4 and --batch-size-ref 4 cannot be split evenly over 2 ranks and 4",
+        ),
         (2, {"batch_size_ref": 3}, "--batch-size-ref 3 cannot be split evenly over 2 ranks"),
     ],
 )
