@@ -26,7 +26,7 @@ from tqdm import tqdm
 from plumbing.devices import Ranks, autocast, join_ranks, pick_amp
 from plumbing.files import file_hash, read_tensors, save_grid, write_tensors
 from plumbing.options import UserError, run_script
-from plumbing.pairs import num_shards, sample_noise, shard_path, shard_range
+from plumbing.pairs import sample_noise, shards
 from plumbing.rundir import claim_folder
 from teachers import Teacher, load_teacher
 from workloads import Workload, get_workload
@@ -103,13 +103,13 @@ def make_shard(
 
 
 @torch.no_grad()
-def draw_preview(out: Path, teacher: Teacher, device: torch.device) -> None:
-    """preview.png: the first pairs' y."""
-    y = read_tensors(shard_path(out, 0))[0]["y"].float()
+def draw_preview(path: Path, shard: Path, teacher: Teacher, device: torch.device) -> None:
+    """A picture of the first y of a shard."""
+    y = read_tensors(shard)[0]["y"].float()
     count = min(len(y), 100 if y.shape[-1] <= 32 else 25)
     images = [teacher.decode(one[None].to(device)).cpu() for one in y[:count]]
     scale = 2 if y.shape[-1] <= 32 and images[0].shape[-1] <= 64 else 1
-    save_grid(out / "preview.png", torch.cat(images), math.isqrt(count), scale=scale)
+    save_grid(path, torch.cat(images), math.isqrt(count), scale=scale)
 
 
 def main(config: Workload) -> None:
@@ -124,19 +124,18 @@ def main(config: Workload) -> None:
         claim_folder(out, "meta.json", meta)
     ranks.barrier()
 
-    missing = [s for s in range(num_shards(meta)) if not shard_path(out, s).exists()]
+    missing = [(path, indices) for path, indices in shards(out, meta) if not path.exists()]
     ranks.barrier()  # all have looked before the first shard is written
     mine = missing[ranks.rank :: ranks.count]
-    total = sum(len(shard_range(meta, s)) for s in mine)
+    total = sum(len(indices) for _, indices in mine)
     with tqdm(total=total, desc="pairs", unit="pair", disable=ranks.rank > 0) as bar:
-        for s in mine:
-            shard = make_shard(shard_range(meta, s), config, teacher, prompts, ranks, bar)
-            write_tensors(shard_path(out, s), *shard)
+        for path, indices in mine:
+            write_tensors(path, *make_shard(indices, config, teacher, prompts, ranks, bar))
     ranks.barrier()
     if ranks.rank == 0:
-        draw_preview(out, teacher, ranks.device)
-        count = meta["num_pairs"]
-        print(f"{count} pairs of {config.dataset} in {out} (preview: {out}/preview.png)")
+        first_shard, _ = shards(out, meta)[0]
+        draw_preview(out / "preview.png", first_shard, teacher, ranks.device)
+        print(f"{config.num_pairs} pairs of {config.dataset} in {out} (preview: {out}/preview.png)")
 
 
 if __name__ == "__main__":

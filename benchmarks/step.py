@@ -37,7 +37,7 @@ from edm_unet import EDMPrecond
 from plumbing.devices import AMP, Ranks, pick_device, to
 from plumbing.files import file_hash, write_json, write_tensors
 from plumbing.options import Options, UserError, option, run_script
-from plumbing.pairs import shard_path
+from plumbing.pairs import shards
 from workloads import WORKLOADS, Workload, get_workload
 
 DATASETS = tuple(name for name, row in WORKLOADS.items() if not row.latent)
@@ -66,11 +66,12 @@ def write_inputs(folder: Path, workload: Workload) -> dict[str, str]:
     write_tensors(teacher, net.state_dict(), metadata)
     record = {"name": teacher.name, "sha256": file_hash(teacher)}
     meta = {"dataset": dataset, "teacher": record, "guidance": 1.0}
-    write_json(folder / "pairs" / "meta.json", meta | {"num_pairs": 64, "shard_size": 64})
+    meta |= {"num_pairs": 64, "shard_size": 64}
+    write_json(folder / "pairs" / "meta.json", meta)
     tensors = {name: torch.randn(64, *workload.image_shape) for name in ("z", "y")}
     if workload.num_classes:
         tensors["cond"] = torch.arange(64) % workload.num_classes
-    write_tensors(shard_path(folder / "pairs", 0), tensors, {})
+    write_tensors(shards(folder / "pairs", meta)[0][0], tensors, {})
     return {"teacher": str(teacher), "pairs": str(folder / "pairs"), "out": str(folder / "run")}
 
 

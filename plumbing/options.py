@@ -63,15 +63,14 @@ class Options:
             value, about = getattr(self, field.name), field.metadata
             if value is None or not about.get("help"):
                 continue
-            flag = flag_of(field)
             for each in value if isinstance(value, tuple | list) else [value]:
                 if about["choices"] and each not in about["choices"]:
                     known = ", ".join(map(str, about["choices"]))
-                    raise UserError(f"{flag} is one of {known}; there is no {each!r}")
+                    raise UserError(f"{flag_of(field)} is one of {known}; there is no {each!r}")
             for name, bound in about["bounds"].items():
                 holds, words = BOUNDS[name]
                 if not holds(value, bound):  # so that NaN fails too
-                    raise UserError(f"{flag} must be {words} {bound}, not {value}")
+                    raise UserError(f"{flag_of(field)} must be {words} {bound}, not {value}")
 
     def settings(self) -> dict:
         """What decides the result: the values of all fields but those marked free."""

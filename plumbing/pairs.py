@@ -60,20 +60,14 @@ def draw_rows(
 # Shards
 
 
-def shard_path(folder: Path, shard: int) -> Path:
-    """The file of one shard."""
-    return folder / f"shard_{shard:05d}.safetensors"
-
-
-def shard_range(meta: dict, shard: int) -> range:
-    """The indices k of the pairs in one shard."""
-    start = shard * meta["shard_size"]
-    return range(start, min(start + meta["shard_size"], meta["num_pairs"]))
-
-
-def num_shards(meta: dict) -> int:
-    """How many shards hold all pairs."""
-    return -(-meta["num_pairs"] // meta["shard_size"])
+def shards(folder: Path, meta: dict) -> list[tuple[Path, range]]:
+    """The files of all shards, and the indices k of the pairs in each."""
+    count, size = meta["num_pairs"], meta["shard_size"]
+    starts = range(0, count, size)
+    return [
+        (folder / f"shard_{start // size:05d}.safetensors", range(start, min(start + size, count)))
+        for start in starts
+    ]
 
 
 class Pairs:
@@ -93,22 +87,18 @@ class Pairs:
         if not (folder / "meta.json").exists():
             raise UserError(f"no pairs in {folder}; {remedy}")
         self.folder, self.meta = folder, read_json(folder / "meta.json")
-        try:
-            made_for, _ = self.meta["dataset"], self.meta["teacher"]["sha256"]
-            _, shards = self.meta["guidance"], range(num_shards(self.meta))
-        except (KeyError, TypeError, ZeroDivisionError):
-            raise UserError(f"{folder}/meta.json is not one of make_pairs.py's; {remedy}") from None
-        if made_for != dataset:
-            raise UserError(
-                f"the pairs in {folder} are of {made_for}, not of {dataset}; choose another --pairs"
-            )
-        missing = [s for s in shards if not shard_path(folder, s).exists()]
+        if self.meta.get("dataset") != dataset or "shard_size" not in self.meta:
+            made_for = self.meta.get("dataset")
+            raise UserError(f"{folder} holds pairs of {made_for}, not of {dataset}; {remedy}")
+        files = shards(folder, self.meta)
+        missing = sum(not path.exists() for path, _ in files)
         if missing:
-            raise UserError(f"{len(missing)} of {len(shards)} shards miss in {folder}; {remedy}")
-        self.shards = [self._open(s) for s in shards]
+            raise UserError(f"{missing} of {len(files)} shards miss in {folder}; {remedy}")
+        self.shards = [open_shard(path, len(indices)) for path, indices in files]
         self.prompts = [p for file in self.shards for p in read_metadata(file).get("prompts", [])]
-        if len(self.prompts) not in (0, len(self)):
-            raise UserError(f"{folder} has prompts of some pairs alone; delete it and {remedy}")
+
+    def __len__(self) -> int:
+        return self.meta["num_pairs"]
 
     def check_teacher(self, teacher: dict[str, str]) -> None:
         """Raise UserError unless the pairs were made by this teacher, {"name", "sha256"}."""
@@ -117,22 +107,6 @@ class Pairs:
                 f"the pairs in {self.folder} were made with another teacher than "
                 f"{teacher['name']}: choose another --pairs folder, or that --teacher"
             )
-
-    def _open(self, shard: int):
-        path, expected = shard_path(self.folder, shard), len(shard_range(self.meta, shard))
-        try:
-            file = safe_open(str(path), framework="pt")
-            found = file.get_slice("z").get_shape()[0], file.get_slice("y").get_shape()[0]
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{path} is damaged ({error}); delete it and run make_pairs.py again"
-            ) from None
-        if found != (expected, expected):
-            raise UserError(f"{path} holds {found[0]} pairs instead of {expected}; delete it")
-        return file
-
-    def __len__(self) -> int:
-        return self.meta["num_pairs"]
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | list[str] | None]:
         """Pairs k in indices -> z_ref, y_ref (R, C, H, W) float32, labels (R,), prompts or None."""
@@ -146,3 +120,15 @@ class Pairs:
         if self.prompts:
             cond = [self.prompts[k] for k in indices]
         return gather("z"), gather("y").float(), cond
+
+
+def open_shard(path: Path, count: int):
+    """A shard's file, to be read piece by piece, if it holds `count` pairs."""
+    try:
+        file = safe_open(str(path), framework="pt")
+        found = {file.get_slice(name).get_shape()[0] for name in ("z", "y")}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and rerun make_pairs.py") from None
+    if found != {count}:
+        raise UserError(f"{path} does not hold {count} pairs; delete it and rerun make_pairs.py")
+    return file
