@@ -26,6 +26,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,40 +42,30 @@ from plumbing.options import UserError
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TAESD_REPO = "madebyollin/taesd"
 
-# SD v1.5's config files, as far as the networks below read them: the fields of their argument
-# `config`. The values of a folder's own files win ...
+# Of SD v1.5's config files, what the networks below take as `config`; a folder's own values win ...
 SD15 = {
     "unet": dict(
-        in_channels=4, out_channels=4, block_out_channels=[320, 640, 1280, 1280],
-        layers_per_block=2, norm_num_groups=32, cross_attention_dim=768,
+        in_channels=4, block_out_channels=[320, 640, 1280, 1280], layers_per_block=2,
+        norm_num_groups=32, cross_attention_dim=768,
         attention_head_dim=8,  # the *number* of heads, by a historical mistake
     ),
     "text_encoder": dict(
         vocab_size=49408, max_position_embeddings=77, hidden_size=768, intermediate_size=3072,
-        num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu",
+        num_hidden_layers=12, num_attention_heads=12,
     ),
     "vae": dict(
-        latent_channels=4, out_channels=3, block_out_channels=[128, 256, 512, 512],
-        layers_per_block=2, norm_num_groups=32,
+        block_out_channels=[128, 256, 512, 512], layers_per_block=2, norm_num_groups=32,
         scaling_factor=0.18215,  # latents of the UNet / latents of the autoencoder
     ),
-    "tiny_vae": dict(
-        latent_channels=4, out_channels=3, decoder_block_out_channels=[64, 64, 64, 64],
-        num_decoder_blocks=[3, 3, 3, 1],
-    ),
+    "tiny_vae": dict(decoder_block_out_channels=[64, 64, 64, 64], num_decoder_blocks=[3, 3, 3, 1]),
 }  # fmt: skip
 
-# ... but these are the only ones supported where the weights' names and shapes do not tell.
-SUPPORTED = {
-    "unet": dict(in_channels=4, use_linear_projection=False),  # inpainting; SD 2.x, XL
-    "text_encoder": dict(hidden_act="quick_gelu"),
-    "vae": dict(latent_channels=4),
-    "tiny_vae": dict(latent_channels=4),
-    "scheduler": dict(
-        num_train_timesteps=T, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-        prediction_type="epsilon",
-    ),
-}  # fmt: skip
+# ... but these: other models have other values where the names and shapes of weights do not tell.
+SUPPORTED = dict(
+    hidden_act="quick_gelu",
+    num_train_timesteps=T, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+    prediction_type="epsilon",
+)  # fmt: skip
 
 
 def sd_noise_table() -> tuple[Tensor, Tensor]:
@@ -89,6 +80,8 @@ def sd_noise_table() -> tuple[Tensor, Tensor]:
 
 # --------------------------------------------------------------------------------------------------
 # Building blocks
+
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 def named(modules: dict) -> nn.ModuleDict:
@@ -167,10 +160,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, emb_width: int = 0):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = conv3x3(c_in, c_out)
         self.time_emb_proj = nn.Linear(emb_width, c_out) if emb_width else None
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = conv3x3(c_out, c_out)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
@@ -184,20 +177,16 @@ class ResnetBlock(nn.Module):
 class Stage(nn.Module):
     """What happens at one resolution: layers, then a change of resolution or none.
 
-    x (B, C, H, W) -> (B, width, H, W), or H/2, W/2 (down), or 2H, 2W (up).
-
-    Args:
-        inputs: channels of each layer's input. Layer i is resnet i, then attention i if there.
-        resnet: groups, eps and emb_width of the resnets.
+    x (B, C, H, W) -> (B, width, H, W), or H/2, W/2 (down), or 2H, 2W (up). Layer i is a resnet, of
+    inputs[i] channels and with the settings `resnet`, then attentions[i] if there is one.
     """
 
     def __init__(self, inputs: list, width: int, resnet: dict, attentions=(), down=False, up=False):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(c_in, width, **resnet) for c_in in inputs])
         self.attentions = nn.ModuleList(attentions)
-        halve = [named({"conv": nn.Conv2d(width, width, 3, stride=2, padding=1)})] if down else []
-        double = [named({"conv": nn.Conv2d(width, width, 3, padding=1)})] if up else []
-        self.downsamplers, self.upsamplers = nn.ModuleList(halve), nn.ModuleList(double)
+        self.downsamplers = named({"0": {"conv": conv3x3(width, width, stride=2)}} if down else {})
+        self.upsamplers = named({"0": {"conv": conv3x3(width, width)}} if up else {})
 
     def layer(self, i: int, x: Tensor, emb=None, text=None, skip=None) -> Tensor:
         """Layer i of x (B, C, H, W), or of x and skip (B, C', H, W), channel beside channel."""
@@ -208,9 +197,9 @@ class Stage(nn.Module):
 
     def resample(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H/2, W/2), or (B, C, 2H, 2W), or as it is."""
-        for downsampler in self.downsamplers:
+        for downsampler in self.downsamplers.values():
             x = downsampler.conv(x)
-        for upsampler in self.upsamplers:
+        for upsampler in self.upsamplers.values():
             x = upsampler.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
         return x
 
@@ -267,7 +256,7 @@ class UNet(nn.Module):
             heads, text_width = config["attention_head_dim"], config["cross_attention_dim"]
             return [SpatialTransformer(width, text_width, heads, groups) for _ in range(count)]
 
-        self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
+        self.conv_in = conv3x3(4, widths[0])
         linear_1, linear_2 = nn.Linear(widths[0], emb_width), nn.Linear(emb_width, emb_width)
         self.time_embedding = named({"linear_1": linear_1, "linear_2": linear_2})
 
@@ -291,7 +280,7 @@ class UNet(nn.Module):
             c = width
 
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
+        self.conv_out = conv3x3(widths[0], 4)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """x_t (B, 4, H, W), t (B,) long in 0 .. 999 -> eps (B, 4, H, W) in float32.
@@ -340,9 +329,9 @@ class UNet(nn.Module):
 class CLIPTokenizer:
     """CLIP's byte-pair encoding: a prompt becomes 77 ids, start, up to 75 tokens, then ends.
 
-    The text is composed (NFC), its white space squeezed, and lower-cased; cut into runs of letters,
-    single digits, runs of other signs and a few English endings; and each piece's UTF-8 bytes are
-    merged by the ranked list of pairs. There is no unknown word.
+    The text is composed (NFC) and lower-cased; cut into runs of letters, single digits, runs of
+    other signs and a few English endings; and each piece's UTF-8 bytes are merged by the ranked
+    list of pairs. There is no unknown word.
     """
 
     START, END, ROOM = "<|startoftext|>", "<|endoftext|>", 75
@@ -355,12 +344,9 @@ class CLIPTokenizer:
         merges = [tuple(line.split(" ")) for line in lines if line]
         if len(vocab) != 2 * 256 + len(merges) + 2:  # bytes, bytes that end a word; the marks
             raise UserError(f"{vocab_file} and {merges_file.name} do not belong together")
-        bpe = models.BPE(vocab, merges, unk_token=self.END, end_of_word_suffix="</w>")
         self.start, self.end = vocab[self.START], vocab[self.END]
-        self.bpe = Tokenizer(bpe)
-        squeeze = normalizers.Replace(Regex(r"\s+"), " ")
-        cleaning = [normalizers.NFC(), squeeze, normalizers.Lowercase()]
-        self.bpe.normalizer = normalizers.Sequence(cleaning)
+        self.bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+        self.bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         pieces = pre_tokenizers.Split(Regex(self.PIECES), behavior="removed", invert=True)
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
@@ -410,16 +396,16 @@ class TextEncoder(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.config = dict(config)
-        width, hidden = config["hidden_size"], config["intermediate_size"]
-        count, heads = config["num_hidden_layers"], config["num_attention_heads"]
-        layers = nn.ModuleList([TextLayer(width, hidden, heads) for _ in range(count)])
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        layers = nn.ModuleList()
+        for _ in range(config["num_hidden_layers"]):
+            layers.append(TextLayer(width, config["intermediate_size"], heads))
         embeddings = {
             "token_embedding": nn.Embedding(config["vocab_size"], width),
             "position_embedding": nn.Embedding(config["max_position_embeddings"], width),
         }
-        final = nn.LayerNorm(width)
-        parts = {"embeddings": embeddings, "encoder": {"layers": layers}, "final_layer_norm": final}
-        self.text_model = named(parts)
+        parts = {"embeddings": embeddings, "encoder": {"layers": layers}}
+        self.text_model = named({**parts, "final_layer_norm": nn.LayerNorm(width)})
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, 77) long -> text states (B, 77, 768)."""
@@ -461,7 +447,6 @@ class VAEDecoder(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = dict(config)
         self.scaling_factor = config["scaling_factor"]
         widths, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
         resnet, c = {"groups": groups, "eps": 1e-6}, widths[0]
@@ -470,14 +455,13 @@ class VAEDecoder(nn.Module):
             inputs = [c] + [width] * config["layers_per_block"]
             up_blocks.append(Stage(inputs, width, resnet, up=level < len(widths) - 1))
             c = width
-        latent_channels = config["latent_channels"]
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(4, 4, 1)
         parts = {
-            "conv_in": nn.Conv2d(latent_channels, widths[0], 3, padding=1),
+            "conv_in": conv3x3(4, widths[0]),
             "mid_block": mid_block,
             "up_blocks": nn.ModuleList(up_blocks),
             "conv_norm_out": nn.GroupNorm(groups, c, eps=1e-6),
-            "conv_out": nn.Conv2d(c, config["out_channels"], 3, padding=1),
+            "conv_out": conv3x3(c, 3),
         }
         self.decoder = named(parts)
 
@@ -495,7 +479,7 @@ class TinyBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
+        convs = [conv3x3(width, width) for _ in range(3)]
         self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -507,22 +491,19 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = dict(config)
-        counts, width = config["num_decoder_blocks"], config["decoder_block_out_channels"][0]
-        layers = [nn.Conv2d(config["latent_channels"], width, 3, padding=1), nn.ReLU()]
-        for level, count in enumerate(counts):
+        width, layers = config["decoder_block_out_channels"][0], []
+        for level, count in enumerate(config["num_decoder_blocks"]):
+            if level == 0:
+                layers += [conv3x3(4, width), nn.ReLU()]
+            else:
+                layers += [nn.Upsample(scale_factor=2), conv3x3(width, width, bias=False)]
             layers += [TinyBlock(width) for _ in range(count)]
-            if level < len(counts) - 1:
-                layers += [nn.Upsample(scale_factor=2)]
-                layers += [nn.Conv2d(width, width, 3, padding=1, bias=False)]
-        layers += [nn.Conv2d(width, config["out_channels"], 3, padding=1)]
-        self.decoder = named({"layers": nn.Sequential(*layers)})
+        self.decoder = named({"layers": nn.Sequential(*layers, conv3x3(width, 3))})
 
     def forward(self, latents: Tensor) -> Tensor:
         """The UNet's latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
-        first = self.decoder.layers[0]
         x = 3 * torch.tanh(latents / 3)  # a soft clamp: no latent is far outside
-        return 2 * self.decoder.layers(x.to(first.weight.dtype)) - 1
+        return 2 * self.decoder.layers(x.to(self.decoder.layers[0].weight.dtype)) - 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -645,7 +626,7 @@ class StableDiffusion:
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Prompts -> text states (B, 77, 768), in the text encoder's dtype."""
-        device = self.text_encoder.text_model.final_layer_norm.weight.device
+        device = next(self.text_encoder.parameters()).device
         return self.text_encoder(self.tokenizer(prompts).to(device))
 
     def decode(self, latents: Tensor, tiny: bool = False) -> Tensor:
@@ -670,12 +651,8 @@ def load_sd(
         dtype: of the weights in memory, whatever that of the files.
     """
     if "unet" in parts:
-        scheduler_file = find_file(source, "scheduler/scheduler_config.json")
-        check_config("scheduler", read_json(scheduler_file), scheduler_file)
-    sd = StableDiffusion()
-    for part in parts:
-        network = load_network(part, source, dtype).requires_grad_(part == "unet")
-        setattr(sd, part, network)
+        check_config(find_file(source, "scheduler/scheduler_config.json"))
+    sd = StableDiffusion(**{part: load_network(part, source, dtype) for part in parts})
     if sd.text_encoder:
         files = (find_file(source, f"tokenizer/{name}") for name in ("vocab.json", "merges.txt"))
         sd.tokenizer = CLIPTokenizer(*files)
@@ -694,21 +671,21 @@ def load_network(
         config: default: config.json of the folder; of a single file, SD v1.5's.
     """
     weights_file, config_file = find_weights(part, source, dtype)
-    config = SD15[part] | (config or (read_json(config_file) if config_file else {}))
-    check_config(part, config, config_file or weights_file)
+    if config_file and config is None:
+        config = check_config(config_file)
     with torch.device("meta"):
-        net = NETWORKS[part](config)
+        net = NETWORKS[part](SD15[part] | (config or {}))
     load_strictly(net, read_weights(part, weights_file, dtype), weights_file, assign=True)
-    return net.eval()
+    return net.eval().requires_grad_(part == "unet")
 
 
-def check_config(part: str, config: dict, path: Path) -> None:
-    """Refuse other models where the names and shapes of their weights do not tell."""
-    for field, only in SUPPORTED[part].items():
+def check_config(path: Path) -> dict:
+    """Read a config file, and refuse other models' where their weights do not tell."""
+    config = read_json(path)
+    for field, only in SUPPORTED.items():
         if (value := config.get(field, only)) != only:
-            raise UserError(
-                f"{path}: {field} = {value!r} is not supported, only {only!r} (SD v1.x)"
-            )
+            raise UserError(f"{path}: {field} = {value!r} is not supported, only {only!r}")
+    return config
 
 
 def find_weights(
@@ -717,50 +694,47 @@ def find_weights(
     """The weights and config.json (None beside a single file) of one network, see load_network."""
     if Path(source).is_file():
         return Path(source), None
-    is_text = part == "text_encoder"  # transformers' names instead of diffusers'
-    stems = ("model", "pytorch_model") if is_text else ("diffusion_pytorch_model",)
-    middles = ("", ".fp16") if dtype == torch.float32 else (".fp16", "")
-    suffixes = [middle + end for middle in middles for end in (".safetensors", ".bin")]
-    names = [f"{part}/{stem}{suffix}" for suffix in suffixes for stem in stems]
+    variants = ("", ".fp16") if dtype == torch.float32 else (".fp16", "")
+    kinds = ("diffusion_pytorch_model{}.safetensors", "diffusion_pytorch_model{}.bin")
+    if part == "text_encoder":  # transformers' names instead of diffusers'
+        kinds = ("model{}.safetensors", "pytorch_model{}.bin")
+    names = [f"{part}/{kind.format(variant)}" for variant in variants for kind in kinds]
     return find_file(source, *names), find_file(source, f"{part}/config.json")
 
 
 def find_file(source: str | Path, *names: str) -> Path:
     """The first of `names`, such as "unet/config.json", in a folder or in a repository."""
-    if local := Path(source).is_dir():
-        path = next((path for name in names if (path := Path(source, name)).is_file()), None)
-    elif str(source).count("/") == 1:
-        path = find_on_hub(str(source), names)
-    else:
-        raise UserError(f"{source} is neither a folder here nor a Hub repository (owner/name)")
-    if path is None:
-        hint = "" if local else "; it is no folder here, and is there a network?"
-        raise UserError(f"{source} holds none of {', '.join(names)}{hint}")
-    return path
+    if not Path(source).is_dir():
+        return find_on_hub(str(source), names)
+    for name in names:
+        if (path := Path(source, name)).is_file():
+            return path
+    raise UserError(f"{source} holds none of {', '.join(names)}")
 
 
-def find_on_hub(repo: str, names: Sequence[str]) -> Path | None:
+def find_on_hub(repo: str, names: Sequence[str]) -> Path:
     """The first of a repository's files that is in the Hub's local cache or can be downloaded."""
     # Only repositories need this package.
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
-    online = True
+    if repo.count("/") != 1:
+        raise UserError(f"{repo} is neither a folder here nor a Hub repository (owner/name)")
+    offline = False
     for name in names:
         if name.startswith("tiny_vae/"):  # no part of Stable Diffusion's repositories
             repo, name = TAESD_REPO, name.removeprefix("tiny_vae/")
         try:
             if isinstance(cached := try_to_load_from_cache(repo, name), str):
                 return Path(cached)
-            if online:
-                return Path(hf_hub_download(repo, name))
-        except errors.LocalEntryNotFoundError:
-            online = False  # do not wait again; the cache may have the next one
-        except errors.EntryNotFoundError:
-            pass
+            return Path(hf_hub_download(repo, name, local_files_only=offline))
+        except errors.EntryNotFoundError as error:
+            offline = isinstance(error, errors.LocalEntryNotFoundError)  # do not wait for it again
         except (OSError, ValueError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"{repo} is no folder here, and the Hub says: {reason}") from None
-    return None
+    raise UserError(
+        f"{repo} holds none of {', '.join(names)}; it is no folder here, and is there a network?"
+    )
 
 
 # What the released files hold beside what is needed here, and their names of the VAE's attention.
