@@ -2,7 +2,7 @@
 
 Read it beside Rombach et al. 2022 (arXiv 2112.10752, latent diffusion). A picture is made by
 
-    prompts -> CLIPTokenizer -> ids -> TextEncoder -> text states (B, 77, 768)
+    prompts -> CLIPTokenizer -> ids (B, 77) -> TextEncoder -> text states (B, 77, 768)
     z ~ N(0, I) (B, 4, 64, 64), text states -> UNet, many times -> latents (B, 4, 64, 64)
     latents -> VAEDecoder, or the 40 times smaller TinyDecoder -> images (B, 3, 512, 512)
 
@@ -42,7 +42,8 @@ from plumbing.options import UserError
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TAESD_REPO = "madebyollin/taesd"
 
-# Of SD v1.5's config files, what the networks below take as `config`; a folder's own values win ...
+# What the networks below take as `config`: the fields of the config files that they read, and what
+# SD v1.5 has there. A folder's own values win.
 SD15 = {
     "unet": dict(
         in_channels=4, block_out_channels=[320, 640, 1280, 1280], layers_per_block=2,
@@ -59,13 +60,6 @@ SD15 = {
     ),
     "tiny_vae": dict(decoder_block_out_channels=[64, 64, 64, 64], num_decoder_blocks=[3, 3, 3, 1]),
 }  # fmt: skip
-
-# ... but these: other models have other values where the names and shapes of weights do not tell.
-SUPPORTED = dict(
-    hidden_act="quick_gelu",
-    num_train_timesteps=T, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-    prediction_type="epsilon",
-)  # fmt: skip
 
 
 def sd_noise_table() -> tuple[Tensor, Tensor]:
@@ -249,7 +243,7 @@ class UNet(nn.Module):
         self.config = dict(config)  # all it takes to build this network again
         self.gradient_checkpointing = False
         widths, depth = config["block_out_channels"], config["layers_per_block"]
-        groups, self.emb_channels, emb_width = config["norm_num_groups"], widths[0], 4 * widths[0]
+        groups, emb_width = config["norm_num_groups"], 4 * widths[0]
         resnet = {"groups": groups, "eps": 1e-5, "emb_width": emb_width}
 
         def transformers(count, width):
@@ -289,7 +283,7 @@ class UNet(nn.Module):
         """
         x = self.conv_in(x.to(self.conv_in.weight.dtype))
         text = text.to(x.dtype)
-        emb = timestep_embedding(t, self.emb_channels).to(x.dtype)
+        emb = timestep_embedding(t, self.conv_in.out_channels).to(x.dtype)
         for linear in self.time_embedding.values():
             emb = F.silu(linear(emb))
 
@@ -310,7 +304,7 @@ class UNet(nn.Module):
         x = F.silu(self.conv_norm_out(x))
         kind = "cpu" if x.is_meta else x.device.type
         with torch.autocast(kind, enabled=False):
-            # In float32 always: at t = 999 what is rounded here counts 14.6 times (SDDenoiser).
+            # In float32 always: what is rounded here counts 14.6 times at t = 999, alpha = 0.068.
             weight, bias = self.conv_out.weight.float(), self.conv_out.bias.float()
             return F.conv2d(x.float(), weight, bias, padding=1)
 
@@ -396,16 +390,17 @@ class TextEncoder(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.config = dict(config)
-        width, heads = config["hidden_size"], config["num_attention_heads"]
-        layers = nn.ModuleList()
-        for _ in range(config["num_hidden_layers"]):
-            layers.append(TextLayer(width, config["intermediate_size"], heads))
-        embeddings = {
-            "token_embedding": nn.Embedding(config["vocab_size"], width),
-            "position_embedding": nn.Embedding(config["max_position_embeddings"], width),
+        width, hidden = config["hidden_size"], config["intermediate_size"]
+        count, heads = config["num_hidden_layers"], config["num_attention_heads"]
+        layers = nn.ModuleList([TextLayer(width, hidden, heads) for _ in range(count)])
+        tokens = nn.Embedding(config["vocab_size"], width)
+        positions = nn.Embedding(config["max_position_embeddings"], width)
+        parts = {
+            "embeddings": {"token_embedding": tokens, "position_embedding": positions},
+            "encoder": {"layers": layers},
+            "final_layer_norm": nn.LayerNorm(width),
         }
-        parts = {"embeddings": embeddings, "encoder": {"layers": layers}}
-        self.text_model = named({**parts, "final_layer_norm": nn.LayerNorm(width)})
+        self.text_model = named(parts)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, 77) long -> text states (B, 77, 768)."""
@@ -511,12 +506,10 @@ class TinyDecoder(nn.Module):
 
 
 class GuidedUNet(nn.Module):
-    """Classifier-free guidance: eps_u + w (eps_c - eps_u), in the place of a UNet.
+    """Classifier-free guidance: eps_u + scale (eps_c - eps_u), in the place of a UNet.
 
-    Args:
-        unet: eps(x_t, t, text).
-        null_text: text states of the empty prompt, (1, 77, 768).
-        scale: w > 0; 1 is no guidance (then the UNet is called on the prompts alone).
+    null_text (1, 77, 768) are the empty prompt's text states. scale > 0; 1 is no guidance (then the
+    UNet is called on the prompts alone).
     """
 
     def __init__(self, unet: nn.Module, null_text: Tensor, scale: float):
@@ -537,12 +530,10 @@ class GuidedUNet(nn.Module):
 class SDDenoiser(nn.Module):
     """A UNet in DMD's terms: mu(x_t, t, cond), estimate of x_0 at T discrete noise levels.
 
+    `net` is a UNet, or a GuidedUNet for the teacher. For half precision, convert it alone, since
+    .half() of the whole would round the noise table as well.
     Buffers `alpha` (T,) and `sigma` (T,): the forward process of Eq. 3, alpha^2 + sigma^2 = 1.
     `z_scale` = 1: the sampler starts from z ~ N(0, I) itself.
-
-    Args:
-        net: eps(x_t, t, text): a UNet, or a GuidedUNet for the teacher. For half precision,
-            convert it alone, since .half() of the whole would round the noise table as well.
     """
 
     def __init__(self, net: nn.Module):
@@ -556,7 +547,6 @@ class SDDenoiser(nn.Module):
         """Eq. 11: mu = (x_t - sigma_t eps) / alpha_t, in float32 whatever the UNet's dtype.
 
         x_t (B, 4, H, W), t (B,) long in 0 .. 999, cond: text states (B, 77, 768) -> (B, 4, H, W).
-        At t = 999, alpha is 0.068: an error of eps counts 14.6 times.
         """
         eps = self.net(x_t, t, cond)
         alpha_t, sigma_t = (table[t][:, None, None, None] for table in (self.alpha, self.sigma))
@@ -574,22 +564,16 @@ ADAMS_BASHFORTH = {  # weights of the newest noise prediction, of the one before
 def pndm_sample(eps: Callable, z: Tensor, text: Tensor | None, steps: int = 50) -> Tensor:
     """PNDM without Runge-Kutta steps ("PLMS"; Liu et al. 2022), with SD v1.5's settings.
 
+    eps(x_t, t, text) with t (B,) long: a UNet, a GuidedUNet or any closed form; z ~ N(0, I)
+    (B, C, H, W); 2 .. 999 steps -> y (B, C, H, W), the ODE's solution in float32.
+
     Linear multistep weights combine up to four noise predictions; the combination is used like one
     prediction in a deterministic DDIM step. The grid is 1, 1 + r, 1 + 2r, ..., with r = 1000 //
     steps, walked downwards; beyond its end, alpha and sigma are those of t = 0, so a little noise
     stays. steps + 1 calls of eps: the first step is done twice, the second time with the mean.
-
-    Args:
-        eps: eps(x_t, t, text) with t (B,) long: a UNet, a GuidedUNet, or any closed form.
-        z: N(0, I) (B, C, H, W), the start.
-        text: as eps takes it.
-        steps: 2 .. 999.
-
-    Returns:
-        y, the ODE's solution (B, C, H, W) in float32; the state is kept in float64.
     """
     alpha, sigma = (table.tolist() for table in sd_noise_table())
-    x, stride, history = z, T // steps, []
+    x, stride, history = z, T // steps, []  # x becomes float64 with the first step
 
     def predict(x, t):
         return eps(x.float(), torch.full((len(x),), t, device=x.device), text).double()
@@ -651,7 +635,7 @@ def load_sd(
         dtype: of the weights in memory, whatever that of the files.
     """
     if "unet" in parts:
-        check_config(find_file(source, "scheduler/scheduler_config.json"))
+        read_config(find_file(source, "scheduler/scheduler_config.json"))
     sd = StableDiffusion(**{part: load_network(part, source, dtype) for part in parts})
     if sd.text_encoder:
         files = (find_file(source, f"tokenizer/{name}") for name in ("vocab.json", "merges.txt"))
@@ -672,15 +656,23 @@ def load_network(
     """
     weights_file, config_file = find_weights(part, source, dtype)
     if config_file and config is None:
-        config = check_config(config_file)
+        config = read_config(config_file)
     with torch.device("meta"):
         net = NETWORKS[part](SD15[part] | (config or {}))
     load_strictly(net, read_weights(part, weights_file, dtype), weights_file, assign=True)
     return net.eval().requires_grad_(part == "unet")
 
 
-def check_config(path: Path) -> dict:
-    """Read a config file, and refuse other models' where their weights do not tell."""
+# Other models have other values here, of which the names and shapes of their weights do not tell.
+SUPPORTED = dict(
+    hidden_act="quick_gelu",
+    num_train_timesteps=T, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+    prediction_type="epsilon",
+)  # fmt: skip
+
+
+def read_config(path: Path) -> dict:
+    """Read a config file; refuse what is not SUPPORTED."""
     config = read_json(path)
     for field, only in SUPPORTED.items():
         if (value := config.get(field, only)) != only:
