@@ -24,6 +24,7 @@ released weights load strictly and a distilled UNet's weights are a drop-in repl
 
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -78,10 +79,10 @@ def sd_noise_table() -> tuple[Tensor, Tensor]:
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
-def named(modules: dict) -> nn.ModuleDict:
-    """Modules in dicts in dicts, so that their parameters have the released files' names."""
-    items = modules.items()
-    return nn.ModuleDict({k: named(m) if isinstance(m, dict) else m for k, m in items})
+def named(modules: dict) -> nn.Sequential:
+    """nn.Sequential of modules by name, dicts in dicts, for the released files' parameter names."""
+    pairs = [(name, named(m) if isinstance(m, dict) else m) for name, m in modules.items()]
+    return nn.Sequential(OrderedDict(pairs))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, is_causal: bool = False) -> Tensor:
@@ -118,15 +119,15 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(width, text_width, heads)
         self.norm3 = nn.LayerNorm(width)
         linear_1, linear_2 = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
-        self.ff = named({"net": {"0": {"proj": linear_1}, "2": linear_2}})  # net.1 was dropout
+        self.ff = named({"net": {"0": {"proj": linear_1}, "1": nn.Identity(), "2": linear_2}})
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), text)
         # GEGLU (Shazeer 2020, arXiv 2002.05202): two linear maps of the input, value * GELU(gate).
-        value, gate = self.ff.net["0"].proj(self.norm3(x)).chunk(2, dim=-1)
-        return x + self.ff.net["2"](value * F.gelu(gate))
+        value, gate = self.ff.net[0].proj(self.norm3(x)).chunk(2, dim=-1)
+        return x + self.ff.net[2](value * F.gelu(gate))
 
 
 class SpatialTransformer(nn.Module):
@@ -180,7 +181,8 @@ class Stage(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(c_in, width, **resnet) for c_in in inputs])
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = named({"0": {"conv": conv3x3(width, width, stride=2)}} if down else {})
-        self.upsamplers = named({"0": {"conv": conv3x3(width, width)}} if up else {})
+        double = nn.Upsample(scale_factor=2)
+        self.upsamplers = named({"0": {"up": double, "conv": conv3x3(width, width)}} if up else {})
 
     def layer(self, i: int, x: Tensor, emb=None, text=None, skip=None) -> Tensor:
         """Layer i of x (B, C, H, W), or of x and skip (B, C', H, W), channel beside channel."""
@@ -191,11 +193,7 @@ class Stage(nn.Module):
 
     def resample(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H/2, W/2), or (B, C, 2H, 2W), or as it is."""
-        for downsampler in self.downsamplers.values():
-            x = downsampler.conv(x)
-        for upsampler in self.upsamplers.values():
-            x = upsampler.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return x
+        return self.upsamplers(self.downsamplers(x))
 
     def forward(self, x: Tensor, emb: Tensor | None = None, text: Tensor | None = None) -> Tensor:
         for i in range(len(self.resnets)):
@@ -252,7 +250,7 @@ class UNet(nn.Module):
 
         self.conv_in = conv3x3(4, widths[0])
         linear_1, linear_2 = nn.Linear(widths[0], emb_width), nn.Linear(emb_width, emb_width)
-        self.time_embedding = named({"linear_1": linear_1, "linear_2": linear_2})
+        self.time_embedding = named({"linear_1": linear_1, "act": nn.SiLU(), "linear_2": linear_2})
 
         last = len(widths) - 1  # the lowest resolution, where there is no attention
         self.down_blocks = nn.ModuleList()
@@ -284,8 +282,7 @@ class UNet(nn.Module):
         x = self.conv_in(x.to(self.conv_in.weight.dtype))
         text = text.to(x.dtype)
         emb = timestep_embedding(t, self.conv_in.out_channels).to(x.dtype)
-        for linear in self.time_embedding.values():
-            emb = F.silu(linear(emb))
+        emb = F.silu(self.time_embedding(emb))
 
         skips = [x]
         for stage in self.down_blocks:
@@ -392,7 +389,7 @@ class TextEncoder(nn.Module):
         self.config = dict(config)
         width, hidden = config["hidden_size"], config["intermediate_size"]
         count, heads = config["num_hidden_layers"], config["num_attention_heads"]
-        layers = nn.ModuleList([TextLayer(width, hidden, heads) for _ in range(count)])
+        layers = nn.Sequential(*(TextLayer(width, hidden, heads) for _ in range(count)))
         tokens = nn.Embedding(config["vocab_size"], width)
         positions = nn.Embedding(config["max_position_embeddings"], width)
         parts = {
@@ -404,11 +401,9 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, 77) long -> text states (B, 77, 768)."""
-        tokens, positions = self.text_model.embeddings.values()
+        tokens, positions = self.text_model.embeddings
         x = tokens(ids) + positions.weight[: ids.shape[1]]
-        for layer in self.text_model.encoder.layers:
-            x = layer(x)
-        return self.text_model.final_layer_norm(x)
+        return self.text_model.final_layer_norm(self.text_model.encoder(x))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -454,8 +449,9 @@ class VAEDecoder(nn.Module):
         parts = {
             "conv_in": conv3x3(4, widths[0]),
             "mid_block": mid_block,
-            "up_blocks": nn.ModuleList(up_blocks),
+            "up_blocks": nn.Sequential(*up_blocks),
             "conv_norm_out": nn.GroupNorm(groups, c, eps=1e-6),
+            "conv_act": nn.SiLU(),
             "conv_out": conv3x3(c, 3),
         }
         self.decoder = named(parts)
@@ -463,10 +459,7 @@ class VAEDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """The UNet's latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
         x = latents.to(self.post_quant_conv.weight.dtype) / self.scaling_factor
-        x = self.decoder.conv_in(self.post_quant_conv(x))
-        for stage in [self.decoder.mid_block, *self.decoder.up_blocks]:
-            x = stage(x)
-        return self.decoder.conv_out(F.silu(self.decoder.conv_norm_out(x)))
+        return self.decoder(self.post_quant_conv(x))
 
 
 class TinyBlock(nn.Module):
@@ -498,7 +491,7 @@ class TinyDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """The UNet's latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
         x = 3 * torch.tanh(latents / 3)  # a soft clamp: no latent is far outside
-        return 2 * self.decoder.layers(x.to(self.decoder.layers[0].weight.dtype)) - 1
+        return 2 * self.decoder(x.to(self.decoder.layers[0].weight.dtype)) - 1
 
 
 # --------------------------------------------------------------------------------------------------
