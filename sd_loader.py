@@ -43,13 +43,12 @@ from plumbing.options import UserError
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TAESD_REPO = "madebyollin/taesd"
 
-# What the networks below take as `config`: the fields of the config files that they read, and what
-# SD v1.5 has there. A folder's own values win.
+# The fields of the config files that are read, as they are in SD v1.5. A folder's own values win.
 SD15 = {
     "unet": dict(
-        in_channels=4, block_out_channels=[320, 640, 1280, 1280], layers_per_block=2,
-        norm_num_groups=32, cross_attention_dim=768,
-        attention_head_dim=8,  # the *number* of heads, by a historical mistake
+        in_channels=4,  # of z; the networks have 4 and accept no other
+        block_out_channels=[320, 640, 1280, 1280], layers_per_block=2, norm_num_groups=32,
+        cross_attention_dim=768, attention_head_dim=8,  # the *number* of heads, by a mistake
     ),
     "text_encoder": dict(
         vocab_size=49408, max_position_embeddings=77, hidden_size=768, intermediate_size=3072,
