@@ -2,7 +2,7 @@
 
 Read it beside Rombach et al. 2022 (arXiv 2112.10752, latent diffusion). A picture is made by
 
-    prompts -> CLIPTokenizer -> ids -> TextEncoder -> text states (B, 77, 768)
+    prompts -> CLIPTokenizer -> ids (B, 77) -> TextEncoder -> text states (B, 77, 768)
     z ~ N(0, I) (B, 4, 64, 64), text states -> UNet, many times -> latents (B, 4, 64, 64)
     latents -> VAEDecoder, or the 40 times smaller TinyDecoder -> images (B, 3, 512, 512)
 
@@ -24,8 +24,10 @@ released weights load strictly and a distilled UNet's weights are a drop-in repl
 
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,39 +43,22 @@ from plumbing.options import UserError
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TAESD_REPO = "madebyollin/taesd"
 
-# SD v1.5's config files, as far as the networks below read them: the fields of their argument
-# `config`. The values of a folder's own files win ...
+# The fields of the config files that are read, as they are in SD v1.5. A folder's own values win.
 SD15 = {
     "unet": dict(
-        in_channels=4, out_channels=4, block_out_channels=[320, 640, 1280, 1280],
-        layers_per_block=2, norm_num_groups=32, cross_attention_dim=768,
-        attention_head_dim=8,  # the *number* of heads, by a historical mistake
+        in_channels=4,  # of z; the networks have 4 and accept no other
+        block_out_channels=[320, 640, 1280, 1280], layers_per_block=2, norm_num_groups=32,
+        cross_attention_dim=768, attention_head_dim=8,  # the *number* of heads, by a mistake
     ),
     "text_encoder": dict(
         vocab_size=49408, max_position_embeddings=77, hidden_size=768, intermediate_size=3072,
-        num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu",
+        num_hidden_layers=12, num_attention_heads=12,
     ),
     "vae": dict(
-        latent_channels=4, out_channels=3, block_out_channels=[128, 256, 512, 512],
-        layers_per_block=2, norm_num_groups=32,
+        block_out_channels=[128, 256, 512, 512], layers_per_block=2, norm_num_groups=32,
         scaling_factor=0.18215,  # latents of the UNet / latents of the autoencoder
     ),
-    "tiny_vae": dict(
-        latent_channels=4, out_channels=3, decoder_block_out_channels=[64, 64, 64, 64],
-        num_decoder_blocks=[3, 3, 3, 1],
-    ),
-}  # fmt: skip
-
-# ... but these are the only ones supported where the weights' names and shapes do not tell.
-SUPPORTED = {
-    "unet": dict(in_channels=4, use_linear_projection=False),  # inpainting; SD 2.x, XL
-    "text_encoder": dict(hidden_act="quick_gelu"),
-    "vae": dict(latent_channels=4),
-    "tiny_vae": dict(latent_channels=4),
-    "scheduler": dict(
-        num_train_timesteps=T, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-        prediction_type="epsilon",
-    ),
+    "tiny_vae": dict(decoder_block_out_channels=[64, 64, 64, 64], num_decoder_blocks=[3, 3, 3, 1]),
 }  # fmt: skip
 
 
@@ -90,11 +75,13 @@ def sd_noise_table() -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------
 # Building blocks
 
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
-def named(modules: dict) -> nn.ModuleDict:
-    """Modules in dicts in dicts, so that their parameters have the released files' names."""
-    items = modules.items()
-    return nn.ModuleDict({k: named(m) if isinstance(m, dict) else m for k, m in items})
+
+def named(modules: dict) -> nn.Sequential:
+    """nn.Sequential of modules by name, dicts in dicts, for the released files' parameter names."""
+    pairs = [(name, named(m) if isinstance(m, dict) else m) for name, m in modules.items()]
+    return nn.Sequential(OrderedDict(pairs))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, is_causal: bool = False) -> Tensor:
@@ -131,15 +118,15 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(width, text_width, heads)
         self.norm3 = nn.LayerNorm(width)
         linear_1, linear_2 = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
-        self.ff = named({"net": {"0": {"proj": linear_1}, "2": linear_2}})  # net.1 was dropout
+        self.ff = named({"net": {"0": {"proj": linear_1}, "1": nn.Identity(), "2": linear_2}})
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), text)
         # GEGLU (Shazeer 2020, arXiv 2002.05202): two linear maps of the input, value * GELU(gate).
-        value, gate = self.ff.net["0"].proj(self.norm3(x)).chunk(2, dim=-1)
-        return x + self.ff.net["2"](value * F.gelu(gate))
+        value, gate = self.ff.net[0].proj(self.norm3(x)).chunk(2, dim=-1)
+        return x + self.ff.net[2](value * F.gelu(gate))
 
 
 class SpatialTransformer(nn.Module):
@@ -167,10 +154,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, emb_width: int = 0):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = conv3x3(c_in, c_out)
         self.time_emb_proj = nn.Linear(emb_width, c_out) if emb_width else None
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = conv3x3(c_out, c_out)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
@@ -184,20 +171,17 @@ class ResnetBlock(nn.Module):
 class Stage(nn.Module):
     """What happens at one resolution: layers, then a change of resolution or none.
 
-    x (B, C, H, W) -> (B, width, H, W), or H/2, W/2 (down), or 2H, 2W (up).
-
-    Args:
-        inputs: channels of each layer's input. Layer i is resnet i, then attention i if there.
-        resnet: groups, eps and emb_width of the resnets.
+    x (B, C, H, W) -> (B, width, H, W), or H/2, W/2 (down), or 2H, 2W (up). Layer i is a resnet, of
+    inputs[i] channels and with the settings `resnet`, then attentions[i] if there is one.
     """
 
     def __init__(self, inputs: list, width: int, resnet: dict, attentions=(), down=False, up=False):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(c_in, width, **resnet) for c_in in inputs])
         self.attentions = nn.ModuleList(attentions)
-        halve = [named({"conv": nn.Conv2d(width, width, 3, stride=2, padding=1)})] if down else []
-        double = [named({"conv": nn.Conv2d(width, width, 3, padding=1)})] if up else []
-        self.downsamplers, self.upsamplers = nn.ModuleList(halve), nn.ModuleList(double)
+        self.downsamplers = named({"0": {"conv": conv3x3(width, width, stride=2)}} if down else {})
+        double = nn.Upsample(scale_factor=2)
+        self.upsamplers = named({"0": {"up": double, "conv": conv3x3(width, width)}} if up else {})
 
     def layer(self, i: int, x: Tensor, emb=None, text=None, skip=None) -> Tensor:
         """Layer i of x (B, C, H, W), or of x and skip (B, C', H, W), channel beside channel."""
@@ -208,11 +192,7 @@ class Stage(nn.Module):
 
     def resample(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H/2, W/2), or (B, C, 2H, 2W), or as it is."""
-        for downsampler in self.downsamplers:
-            x = downsampler.conv(x)
-        for upsampler in self.upsamplers:
-            x = upsampler.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return x
+        return self.upsamplers(self.downsamplers(x))
 
     def forward(self, x: Tensor, emb: Tensor | None = None, text: Tensor | None = None) -> Tensor:
         for i in range(len(self.resnets)):
@@ -260,16 +240,16 @@ class UNet(nn.Module):
         self.config = dict(config)  # all it takes to build this network again
         self.gradient_checkpointing = False
         widths, depth = config["block_out_channels"], config["layers_per_block"]
-        groups, self.emb_channels, emb_width = config["norm_num_groups"], widths[0], 4 * widths[0]
+        groups, emb_width = config["norm_num_groups"], 4 * widths[0]
         resnet = {"groups": groups, "eps": 1e-5, "emb_width": emb_width}
 
         def transformers(count, width):
             heads, text_width = config["attention_head_dim"], config["cross_attention_dim"]
             return [SpatialTransformer(width, text_width, heads, groups) for _ in range(count)]
 
-        self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
+        self.conv_in = conv3x3(4, widths[0])
         linear_1, linear_2 = nn.Linear(widths[0], emb_width), nn.Linear(emb_width, emb_width)
-        self.time_embedding = named({"linear_1": linear_1, "linear_2": linear_2})
+        self.time_embedding = named({"linear_1": linear_1, "act": nn.SiLU(), "linear_2": linear_2})
 
         last = len(widths) - 1  # the lowest resolution, where there is no attention
         self.down_blocks = nn.ModuleList()
@@ -291,7 +271,7 @@ class UNet(nn.Module):
             c = width
 
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
+        self.conv_out = conv3x3(widths[0], 4)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """x_t (B, 4, H, W), t (B,) long in 0 .. 999 -> eps (B, 4, H, W) in float32.
@@ -300,9 +280,8 @@ class UNet(nn.Module):
         """
         x = self.conv_in(x.to(self.conv_in.weight.dtype))
         text = text.to(x.dtype)
-        emb = timestep_embedding(t, self.emb_channels).to(x.dtype)
-        for linear in self.time_embedding.values():
-            emb = F.silu(linear(emb))
+        emb = timestep_embedding(t, self.conv_in.out_channels).to(x.dtype)
+        emb = F.silu(self.time_embedding(emb))
 
         skips = [x]
         for stage in self.down_blocks:
@@ -321,7 +300,7 @@ class UNet(nn.Module):
         x = F.silu(self.conv_norm_out(x))
         kind = "cpu" if x.is_meta else x.device.type
         with torch.autocast(kind, enabled=False):
-            # In float32 always: at t = 999 what is rounded here counts 14.6 times (SDDenoiser).
+            # In float32 always: what is rounded here counts 14.6 times at t = 999, alpha = 0.068.
             weight, bias = self.conv_out.weight.float(), self.conv_out.bias.float()
             return F.conv2d(x.float(), weight, bias, padding=1)
 
@@ -340,9 +319,9 @@ class UNet(nn.Module):
 class CLIPTokenizer:
     """CLIP's byte-pair encoding: a prompt becomes 77 ids, start, up to 75 tokens, then ends.
 
-    The text is composed (NFC), its white space squeezed, and lower-cased; cut into runs of letters,
-    single digits, runs of other signs and a few English endings; and each piece's UTF-8 bytes are
-    merged by the ranked list of pairs. There is no unknown word.
+    The text is composed (NFC) and lower-cased; cut into runs of letters, single digits, runs of
+    other signs and a few English endings; and each piece's UTF-8 bytes are merged by the ranked
+    list of pairs. There is no unknown word.
     """
 
     START, END, ROOM = "<|startoftext|>", "<|endoftext|>", 75
@@ -355,12 +334,9 @@ class CLIPTokenizer:
         merges = [tuple(line.split(" ")) for line in lines if line]
         if len(vocab) != 2 * 256 + len(merges) + 2:  # bytes, bytes that end a word; the marks
             raise UserError(f"{vocab_file} and {merges_file.name} do not belong together")
-        bpe = models.BPE(vocab, merges, unk_token=self.END, end_of_word_suffix="</w>")
         self.start, self.end = vocab[self.START], vocab[self.END]
-        self.bpe = Tokenizer(bpe)
-        squeeze = normalizers.Replace(Regex(r"\s+"), " ")
-        cleaning = [normalizers.NFC(), squeeze, normalizers.Lowercase()]
-        self.bpe.normalizer = normalizers.Sequence(cleaning)
+        self.bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+        self.bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         pieces = pre_tokenizers.Split(Regex(self.PIECES), behavior="removed", invert=True)
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
@@ -412,22 +388,21 @@ class TextEncoder(nn.Module):
         self.config = dict(config)
         width, hidden = config["hidden_size"], config["intermediate_size"]
         count, heads = config["num_hidden_layers"], config["num_attention_heads"]
-        layers = nn.ModuleList([TextLayer(width, hidden, heads) for _ in range(count)])
-        embeddings = {
-            "token_embedding": nn.Embedding(config["vocab_size"], width),
-            "position_embedding": nn.Embedding(config["max_position_embeddings"], width),
+        layers = nn.Sequential(*(TextLayer(width, hidden, heads) for _ in range(count)))
+        tokens = nn.Embedding(config["vocab_size"], width)
+        positions = nn.Embedding(config["max_position_embeddings"], width)
+        parts = {
+            "embeddings": {"token_embedding": tokens, "position_embedding": positions},
+            "encoder": {"layers": layers},
+            "final_layer_norm": nn.LayerNorm(width),
         }
-        final = nn.LayerNorm(width)
-        parts = {"embeddings": embeddings, "encoder": {"layers": layers}, "final_layer_norm": final}
         self.text_model = named(parts)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, 77) long -> text states (B, 77, 768)."""
-        tokens, positions = self.text_model.embeddings.values()
+        tokens, positions = self.text_model.embeddings
         x = tokens(ids) + positions.weight[: ids.shape[1]]
-        for layer in self.text_model.encoder.layers:
-            x = layer(x)
-        return self.text_model.final_layer_norm(x)
+        return self.text_model.final_layer_norm(self.text_model.encoder(x))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -461,7 +436,6 @@ class VAEDecoder(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = dict(config)
         self.scaling_factor = config["scaling_factor"]
         widths, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
         resnet, c = {"groups": groups, "eps": 1e-6}, widths[0]
@@ -470,24 +444,21 @@ class VAEDecoder(nn.Module):
             inputs = [c] + [width] * config["layers_per_block"]
             up_blocks.append(Stage(inputs, width, resnet, up=level < len(widths) - 1))
             c = width
-        latent_channels = config["latent_channels"]
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(4, 4, 1)
         parts = {
-            "conv_in": nn.Conv2d(latent_channels, widths[0], 3, padding=1),
+            "conv_in": conv3x3(4, widths[0]),
             "mid_block": mid_block,
-            "up_blocks": nn.ModuleList(up_blocks),
+            "up_blocks": nn.Sequential(*up_blocks),
             "conv_norm_out": nn.GroupNorm(groups, c, eps=1e-6),
-            "conv_out": nn.Conv2d(c, config["out_channels"], 3, padding=1),
+            "conv_act": nn.SiLU(),
+            "conv_out": conv3x3(c, 3),
         }
         self.decoder = named(parts)
 
     def forward(self, latents: Tensor) -> Tensor:
         """The UNet's latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
         x = latents.to(self.post_quant_conv.weight.dtype) / self.scaling_factor
-        x = self.decoder.conv_in(self.post_quant_conv(x))
-        for stage in [self.decoder.mid_block, *self.decoder.up_blocks]:
-            x = stage(x)
-        return self.decoder.conv_out(F.silu(self.decoder.conv_norm_out(x)))
+        return self.decoder(self.post_quant_conv(x))
 
 
 class TinyBlock(nn.Module):
@@ -495,7 +466,7 @@ class TinyBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
+        convs = [conv3x3(width, width) for _ in range(3)]
         self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -507,22 +478,19 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = dict(config)
-        counts, width = config["num_decoder_blocks"], config["decoder_block_out_channels"][0]
-        layers = [nn.Conv2d(config["latent_channels"], width, 3, padding=1), nn.ReLU()]
-        for level, count in enumerate(counts):
+        width, layers = config["decoder_block_out_channels"][0], []
+        for level, count in enumerate(config["num_decoder_blocks"]):
+            if level == 0:
+                layers += [conv3x3(4, width), nn.ReLU()]
+            else:
+                layers += [nn.Upsample(scale_factor=2), conv3x3(width, width, bias=False)]
             layers += [TinyBlock(width) for _ in range(count)]
-            if level < len(counts) - 1:
-                layers += [nn.Upsample(scale_factor=2)]
-                layers += [nn.Conv2d(width, width, 3, padding=1, bias=False)]
-        layers += [nn.Conv2d(width, config["out_channels"], 3, padding=1)]
-        self.decoder = named({"layers": nn.Sequential(*layers)})
+        self.decoder = named({"layers": nn.Sequential(*layers, conv3x3(width, 3))})
 
     def forward(self, latents: Tensor) -> Tensor:
         """The UNet's latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
-        first = self.decoder.layers[0]
         x = 3 * torch.tanh(latents / 3)  # a soft clamp: no latent is far outside
-        return 2 * self.decoder.layers(x.to(first.weight.dtype)) - 1
+        return 2 * self.decoder(x.to(self.decoder.layers[0].weight.dtype)) - 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -530,12 +498,10 @@ class TinyDecoder(nn.Module):
 
 
 class GuidedUNet(nn.Module):
-    """Classifier-free guidance: eps_u + w (eps_c - eps_u), in the place of a UNet.
+    """Classifier-free guidance: eps_u + scale (eps_c - eps_u), in the place of a UNet.
 
-    Args:
-        unet: eps(x_t, t, text).
-        null_text: text states of the empty prompt, (1, 77, 768).
-        scale: w > 0; 1 is no guidance (then the UNet is called on the prompts alone).
+    null_text (1, 77, 768) are the empty prompt's text states. scale > 0; 1 is no guidance (then the
+    UNet is called on the prompts alone).
     """
 
     def __init__(self, unet: nn.Module, null_text: Tensor, scale: float):
@@ -556,12 +522,10 @@ class GuidedUNet(nn.Module):
 class SDDenoiser(nn.Module):
     """A UNet in DMD's terms: mu(x_t, t, cond), estimate of x_0 at T discrete noise levels.
 
+    `net` is a UNet, or a GuidedUNet for the teacher. For half precision, convert it alone, since
+    .half() of the whole would round the noise table as well.
     Buffers `alpha` (T,) and `sigma` (T,): the forward process of Eq. 3, alpha^2 + sigma^2 = 1.
     `z_scale` = 1: the sampler starts from z ~ N(0, I) itself.
-
-    Args:
-        net: eps(x_t, t, text): a UNet, or a GuidedUNet for the teacher. For half precision,
-            convert it alone, since .half() of the whole would round the noise table as well.
     """
 
     def __init__(self, net: nn.Module):
@@ -575,7 +539,6 @@ class SDDenoiser(nn.Module):
         """Eq. 11: mu = (x_t - sigma_t eps) / alpha_t, in float32 whatever the UNet's dtype.
 
         x_t (B, 4, H, W), t (B,) long in 0 .. 999, cond: text states (B, 77, 768) -> (B, 4, H, W).
-        At t = 999, alpha is 0.068: an error of eps counts 14.6 times.
         """
         eps = self.net(x_t, t, cond)
         alpha_t, sigma_t = (table[t][:, None, None, None] for table in (self.alpha, self.sigma))
@@ -593,22 +556,16 @@ ADAMS_BASHFORTH = {  # weights of the newest noise prediction, of the one before
 def pndm_sample(eps: Callable, z: Tensor, text: Tensor | None, steps: int = 50) -> Tensor:
     """PNDM without Runge-Kutta steps ("PLMS"; Liu et al. 2022), with SD v1.5's settings.
 
+    eps(x_t, t, text) with t (B,) long: a UNet, a GuidedUNet or any closed form; z ~ N(0, I)
+    (B, C, H, W); 2 .. 999 steps -> y (B, C, H, W), the ODE's solution in float32.
+
     Linear multistep weights combine up to four noise predictions; the combination is used like one
     prediction in a deterministic DDIM step. The grid is 1, 1 + r, 1 + 2r, ..., with r = 1000 //
     steps, walked downwards; beyond its end, alpha and sigma are those of t = 0, so a little noise
     stays. steps + 1 calls of eps: the first step is done twice, the second time with the mean.
-
-    Args:
-        eps: eps(x_t, t, text) with t (B,) long: a UNet, a GuidedUNet, or any closed form.
-        z: N(0, I) (B, C, H, W), the start.
-        text: as eps takes it.
-        steps: 2 .. 999.
-
-    Returns:
-        y, the ODE's solution (B, C, H, W) in float32; the state is kept in float64.
     """
     alpha, sigma = (table.tolist() for table in sd_noise_table())
-    x, stride, history = z, T // steps, []
+    x, stride, history = z, T // steps, []  # x becomes float64 with the first step
 
     def predict(x, t):
         return eps(x.float(), torch.full((len(x),), t, device=x.device), text).double()
@@ -645,7 +602,7 @@ class StableDiffusion:
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Prompts -> text states (B, 77, 768), in the text encoder's dtype."""
-        device = self.text_encoder.text_model.final_layer_norm.weight.device
+        device = next(self.text_encoder.parameters()).device
         return self.text_encoder(self.tokenizer(prompts).to(device))
 
     def decode(self, latents: Tensor, tiny: bool = False) -> Tensor:
@@ -670,12 +627,8 @@ def load_sd(
         dtype: of the weights in memory, whatever that of the files.
     """
     if "unet" in parts:
-        scheduler_file = find_file(source, "scheduler/scheduler_config.json")
-        check_config("scheduler", read_json(scheduler_file), scheduler_file)
-    sd = StableDiffusion()
-    for part in parts:
-        network = load_network(part, source, dtype).requires_grad_(part == "unet")
-        setattr(sd, part, network)
+        read_config(find_file(source, "scheduler/scheduler_config.json"))
+    sd = StableDiffusion(**{part: load_network(part, source, dtype) for part in parts})
     if sd.text_encoder:
         files = (find_file(source, f"tokenizer/{name}") for name in ("vocab.json", "merges.txt"))
         sd.tokenizer = CLIPTokenizer(*files)
@@ -694,21 +647,29 @@ def load_network(
         config: default: config.json of the folder; of a single file, SD v1.5's.
     """
     weights_file, config_file = find_weights(part, source, dtype)
-    config = SD15[part] | (config or (read_json(config_file) if config_file else {}))
-    check_config(part, config, config_file or weights_file)
+    if config_file and config is None:
+        config = read_config(config_file)
     with torch.device("meta"):
-        net = NETWORKS[part](config)
+        net = NETWORKS[part](SD15[part] | (config or {}))
     load_strictly(net, read_weights(part, weights_file, dtype), weights_file, assign=True)
-    return net.eval()
+    return net.eval().requires_grad_(part == "unet")
 
 
-def check_config(part: str, config: dict, path: Path) -> None:
-    """Refuse other models where the names and shapes of their weights do not tell."""
-    for field, only in SUPPORTED[part].items():
+# Other models have other values here, of which the names and shapes of their weights do not tell.
+SUPPORTED = dict(
+    hidden_act="quick_gelu",
+    num_train_timesteps=T, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+    prediction_type="epsilon",
+)  # fmt: skip
+
+
+def read_config(path: Path) -> dict:
+    """Read a config file; refuse what is not SUPPORTED."""
+    config = read_json(path)
+    for field, only in SUPPORTED.items():
         if (value := config.get(field, only)) != only:
-            raise UserError(
-                f"{path}: {field} = {value!r} is not supported, only {only!r} (SD v1.x)"
-            )
+            raise UserError(f"{path}: {field} = {value!r} is not supported, only {only!r}")
+    return config
 
 
 def find_weights(
@@ -717,50 +678,47 @@ def find_weights(
     """The weights and config.json (None beside a single file) of one network, see load_network."""
     if Path(source).is_file():
         return Path(source), None
-    is_text = part == "text_encoder"  # transformers' names instead of diffusers'
-    stems = ("model", "pytorch_model") if is_text else ("diffusion_pytorch_model",)
-    middles = ("", ".fp16") if dtype == torch.float32 else (".fp16", "")
-    suffixes = [middle + end for middle in middles for end in (".safetensors", ".bin")]
-    names = [f"{part}/{stem}{suffix}" for suffix in suffixes for stem in stems]
+    variants = ("", ".fp16") if dtype == torch.float32 else (".fp16", "")
+    kinds = ("diffusion_pytorch_model{}.safetensors", "diffusion_pytorch_model{}.bin")
+    if part == "text_encoder":  # transformers' names instead of diffusers'
+        kinds = ("model{}.safetensors", "pytorch_model{}.bin")
+    names = [f"{part}/{kind.format(variant)}" for variant in variants for kind in kinds]
     return find_file(source, *names), find_file(source, f"{part}/config.json")
 
 
 def find_file(source: str | Path, *names: str) -> Path:
     """The first of `names`, such as "unet/config.json", in a folder or in a repository."""
-    if local := Path(source).is_dir():
-        path = next((path for name in names if (path := Path(source, name)).is_file()), None)
-    elif str(source).count("/") == 1:
-        path = find_on_hub(str(source), names)
-    else:
-        raise UserError(f"{source} is neither a folder here nor a Hub repository (owner/name)")
-    if path is None:
-        hint = "" if local else "; it is no folder here, and is there a network?"
-        raise UserError(f"{source} holds none of {', '.join(names)}{hint}")
-    return path
+    if not Path(source).is_dir():
+        return find_on_hub(str(source), names)
+    for name in names:
+        if (path := Path(source, name)).is_file():
+            return path
+    raise UserError(f"{source} holds none of {', '.join(names)}")
 
 
-def find_on_hub(repo: str, names: Sequence[str]) -> Path | None:
+def find_on_hub(repo: str, names: Sequence[str]) -> Path:
     """The first of a repository's files that is in the Hub's local cache or can be downloaded."""
     # Only repositories need this package.
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
-    online = True
+    if repo.count("/") != 1:
+        raise UserError(f"{repo} is neither a folder here nor a Hub repository (owner/name)")
+    offline = False
     for name in names:
         if name.startswith("tiny_vae/"):  # no part of Stable Diffusion's repositories
             repo, name = TAESD_REPO, name.removeprefix("tiny_vae/")
         try:
             if isinstance(cached := try_to_load_from_cache(repo, name), str):
                 return Path(cached)
-            if online:
-                return Path(hf_hub_download(repo, name))
-        except errors.LocalEntryNotFoundError:
-            online = False  # do not wait again; the cache may have the next one
-        except errors.EntryNotFoundError:
-            pass
+            return Path(hf_hub_download(repo, name, local_files_only=offline))
+        except errors.EntryNotFoundError as error:
+            offline = isinstance(error, errors.LocalEntryNotFoundError)  # do not wait for it again
         except (OSError, ValueError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"{repo} is no folder here, and the Hub says: {reason}") from None
-    return None
+    raise UserError(
+        f"{repo} holds none of {', '.join(names)}; it is no folder here, and is there a network?"
+    )
 
 
 # What the released files hold beside what is needed here, and their names of the VAE's attention.
