@@ -616,7 +616,6 @@ NETWORKS = {"unet": UNet, "text_encoder": TextEncoder, "vae": VAEDecoder, "tiny_
 def load_sd(
     source: str | Path = SD15_REPO,
     parts: Sequence[str] = ("unet", "text_encoder", "vae"),
-    dtype: torch.dtype = torch.float32,
 ) -> StableDiffusion:
     """Load Stable Diffusion v1.x, every network in eval mode, all but the UNet frozen.
 
@@ -624,34 +623,31 @@ def load_sd(
         source: a folder in the diffusers layout, or a repository of the Hugging Face Hub; only the
             files needed are downloaded, into the Hub's cache.
         parts: of "unet", "text_encoder" (brings the tokenizer), "vae" and "tiny_vae".
-        dtype: of the weights in memory, whatever that of the files.
     """
     if "unet" in parts:
         read_config(find_file(source, "scheduler/scheduler_config.json"))
-    sd = StableDiffusion(**{part: load_network(part, source, dtype) for part in parts})
+    sd = StableDiffusion(**{part: load_network(part, source) for part in parts})
     if sd.text_encoder:
         files = (find_file(source, f"tokenizer/{name}") for name in ("vocab.json", "merges.txt"))
         sd.tokenizer = CLIPTokenizer(*files)
     return sd
 
 
-def load_network(
-    part: str, source: str | Path, dtype: torch.dtype = torch.float32, config: dict | None = None
-) -> nn.Module:
-    """Load one network: built without memory, then given the file's tensors as its parameters.
+def load_network(part: str, source: str | Path, config: dict | None = None) -> nn.Module:
+    """Load one network: built without memory, then given the file's tensors as its parameters, in
+    float32.
 
     Args:
         part: a key of NETWORKS.
         source: as for load_sd, or the weights' file itself.
-        dtype: of the weights in memory. Half precision prefers the .fp16 files, float32 the others.
         config: default: config.json of the folder; of a single file, SD v1.5's.
     """
-    weights_file, config_file = find_weights(part, source, dtype)
+    weights_file, config_file = find_weights(part, source)
     if config_file and config is None:
         config = read_config(config_file)
     with torch.device("meta"):
         net = NETWORKS[part](SD15[part] | (config or {}))
-    load_strictly(net, read_weights(part, weights_file, dtype), weights_file, assign=True)
+    load_strictly(net, read_weights(part, weights_file), weights_file, assign=True)
     return net.eval().requires_grad_(part == "unet")
 
 
@@ -672,17 +668,14 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def find_weights(
-    part: str, source: str | Path, dtype: torch.dtype = torch.float32
-) -> tuple[Path, Path | None]:
+def find_weights(part: str, source: str | Path) -> tuple[Path, Path | None]:
     """The weights and config.json (None beside a single file) of one network, see load_network."""
     if Path(source).is_file():
         return Path(source), None
-    variants = ("", ".fp16") if dtype == torch.float32 else (".fp16", "")
     kinds = ("diffusion_pytorch_model{}.safetensors", "diffusion_pytorch_model{}.bin")
     if part == "text_encoder":  # transformers' names instead of diffusers'
         kinds = ("model{}.safetensors", "pytorch_model{}.bin")
-    names = [f"{part}/{kind.format(variant)}" for variant in variants for kind in kinds]
+    names = [f"{part}/{kind.format(precision)}" for precision in ("", ".fp16") for kind in kinds]
     return find_file(source, *names), find_file(source, f"{part}/config.json")
 
 
@@ -726,7 +719,7 @@ NOT_NEEDED = ("encoder.", "quant_conv.", "text_model.embeddings.position_ids")
 OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def read_weights(part: str, path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_weights(part: str, path: Path) -> dict[str, Tensor]:
     """Read a .safetensors or .bin file -> tensors under our names, without those not needed."""
     tensors = {}
     with one_line_errors(path):
@@ -737,5 +730,5 @@ def read_weights(part: str, path: Path, dtype: torch.dtype) -> dict[str, Tensor]
             for older, newer in OLDER.items():
                 name = name.replace(f".{older}.", f".{newer}.")
             if not name.startswith(NOT_NEEDED):
-                tensors[name] = tensor.to(dtype)
+                tensors[name] = tensor.float()
     return tensors
