@@ -49,7 +49,7 @@ from plumbing.files import file_hash, read_tensors, to_uint8, write_json, write_
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import sample_noise
 from teachers import check_teaches, find_generator, is_sd_unet, load_generator, load_teacher
-from workloads import WORKLOADS, get_workload
+from workloads import WORKLOADS
 
 ROWS = ("untrained", "teacher", "student")
 ONLY_FID, ONLY_MNIST = ("seed_start", "reference", "inception", "statistics"), ("seed",)
@@ -65,9 +65,7 @@ class Config(Options):
     dataset: str | None = option(
         None, "the generator's; needed only for a teacher without a generator", tuple(WORKLOADS)
     )
-    rows: tuple[str, ...] = option(
-        (), f"what to measure: {', '.join(ROWS)} (default: student; mnist: all)", ROWS
-    )
+    rows: tuple[str, ...] = option((), "what to measure (default: student; mnist: all)", ROWS)
     samples: int | None = option(None, "images per row (default: 50000; mnist: 10000)", least=2)
     steps: int | None = option(None, "Heun steps of the teacher (default: the dataset's)", least=1)
     teacher_weights: str | None = option(None, "teacher weights (default: the dataset's own)")
@@ -142,10 +140,10 @@ def load_rows(config: Config, device: torch.device) -> tuple[Config, list[Row]]:
         rows["student"] = Row("student", G, 1, source, file_hash(path))
     config = complete(config, dataset, device)  # before a teacher is downloaded in vain
     if set(config.rows) != {"student"}:
-        given = {"teacher": config.teacher_weights} if config.teacher_weights else {}
-        workload = get_workload(dataset, **given)
+        workload = WORKLOADS[dataset]
+        workload = replace(workload, teacher=config.teacher_weights or workload.teacher)
         teacher = load_teacher(workload).to(device)
-        if "student" in config.rows and not given:
+        if "student" in config.rows and not config.teacher_weights:
             check_teaches(teacher, metadata, path)
         source, sha256 = teacher.record["name"], teacher.record["sha256"]
         for name, steps in (("teacher", config.steps or workload.solver_steps), ("untrained", 1)):
@@ -193,24 +191,22 @@ def measure_fid(config: Config, rows: list[Row], ranks: Ranks) -> dict[str, dict
     for row in rows:
         record = describe(row, config, ranks.device)
         if reuse:
-            statistics = read_statistics(kept, record)
+            mu, sigma = read_statistics(kept, record)
         else:
-            statistics = feature_statistics(draw(row, config, ranks), network, ranks)
+            mu, sigma = feature_statistics(draw(row, config, ranks), network, ranks)
         if ranks.rank > 0:
             continue
-        fid = frechet_distance(*statistics, *reference)
+        fid = frechet_distance(mu, sigma, *reference)
         results[row.name] = {"fid": fid, "reference": str(source)} | record
         print(f"{row.source}: evaluations {row.evaluations}, seeds {record['seeds']}, vs. {source}")
         print(f"{row.name}: FID {fid:.2f} ({config.samples} images)", flush=True)
         if kept and not reuse:  # after the number: it may have cost hours
-            write_tensors(kept, dict(zip(("mu", "sigma"), statistics, strict=True)), record)
+            write_tensors(kept, {"mu": mu, "sigma": sigma}, record)
     return results
 
 
 def describe(row: Row, config: Config, device: torch.device) -> dict[str, str]:
     """All that the generated images' statistics depend on; goes into their file."""
-    # The published weights are named by the beginning of their hash, so that is recorded.
-    weights = file_hash(Path(config.inception)) if config.inception else INCEPTION_HASH
     return {
         "dataset": config.dataset,
         "row": row.name,
@@ -220,12 +216,12 @@ def describe(row: Row, config: Config, device: torch.device) -> dict[str, str]:
         "seeds": f"{config.seed_start}-{config.seed_start + config.samples - 1}",
         "device": device.type,  # a GPU's random numbers are not a CPU's
         "amp": config.amp,
-        "inception": weights[: len(INCEPTION_HASH)],
+        "inception": file_hash(Path(config.inception))[:8] if config.inception else INCEPTION_HASH,
     }
 
 
 def read_statistics(path: Path, record: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """Mean and covariance that were kept with this record, and no other."""
+    """The mean and covariance that were kept with this record."""
     tensors, found = read_tensors(path)
     changed = [key for key in record if found.get(key) != record[key]]
     if changed:
@@ -237,7 +233,7 @@ def read_statistics(path: Path, record: dict[str, str]) -> tuple[Tensor, Tensor]
 
 
 def measure_digits(config: Config, rows: list[Row], ranks: Ranks) -> dict[str, dict]:
-    """The figures of each row, printed as soon as they are known -> what --json keeps."""
+    """The three figures of each row, printed as soon as they are known -> what --json keeps."""
     share, labels, results = ranks.share(config.samples), torch.arange(config.samples) % 10, {}
     for row in rows:
         images = torch.zeros(config.samples, *WORKLOADS["mnist"].image_shape)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pdist
 
 from plumbing.fid import frechet_distance, mean_and_covariance
-from plumbing.files import load_strictly, read_tensors
+from plumbing.files import load_strictly, one_line, read_tensors
 from plumbing.options import UserError
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -88,8 +88,8 @@ def load_mnist(folder: str, train: bool) -> tuple[Tensor, Tensor]:
     try:
         data = MNIST(folder, train=train, download=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"MNIST is neither complete in {folder!r} nor downloadable ({error}); put its four "
-            f"files into {folder}/MNIST/raw"
-        ) from None
+        text = (
+            f"put MNIST's four files into {folder}/MNIST/raw: they are neither there nor to be had"
+        )
+        raise UserError(one_line(f"{text} ({error})")) from None
     return data.data[:, None].float() / 127.5 - 1, torch.as_tensor(data.targets)

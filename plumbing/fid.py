@@ -31,8 +31,8 @@ from plumbing.files import DAMAGE, one_line, one_line_errors, read_tensors, torc
 from plumbing.options import UserError
 
 FEATURES = 2048
-# torch-fidelity's conversion of the original TensorFlow weights; the name ends with the hash.
-INCEPTION_HASH = "6726825d"
+# torch-fidelity's conversion of the original TensorFlow weights.
+INCEPTION_HASH = "6726825d"  # the first 8 digits of its SHA-256
 INCEPTION_FILE = f"weights-inception-2015-12-05-{INCEPTION_HASH}.pth"
 INCEPTION_URL = (
     f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
