@@ -2,6 +2,7 @@
 shipped assets against their claims."""
 
 import json
+import socket
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +37,16 @@ def test_diversity_is_the_mean_pairwise_distance_within_classes():
     labels = torch.tensor([0, 0, 0, 1, 1])
     expected = ((3 + 3 + 6) / 3 + 4) / 2
     assert digits.class_diversity(images, labels) == pytest.approx(expected)
+
+
+def test_no_mnist_and_no_network(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    with pytest.raises(UserError, match=r"four files into .*MNIST/raw.*no route") as raised:
+        digits.load_mnist(str(tmp_path), train=True)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.slow
