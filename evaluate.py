@@ -3,88 +3,78 @@
     python evaluate.py                                     the newest run, or the shipped generator
     python evaluate.py --rows student                      MNIST without the slow teacher
     torchrun --nproc-per-node 8 evaluate.py --checkpoint runs/imagenet64        eight GPUs
-    torchrun --nproc-per-node 8 evaluate.py --dataset imagenet64 --teacher --steps 256
+    torchrun --nproc-per-node 8 evaluate.py --dataset imagenet64 --rows teacher --steps 256
 
 Rows: the student (1 evaluation of the network), the teacher (N Heun steps, 2 N - 1 evaluations) and
 the untrained student (the teacher's single step: G before training).
 
-CIFAR-10 and ImageNet-64: FID by EDM's protocol (see fid.py), for which features of 50,000 images
-are compared with the published statistics of the training images. EDM's README reports the least of
-three such numbers: add --seed-start 50000 and --seed-start 100000. The last line:
+CIFAR-10 and ImageNet-64: FID by EDM's protocol (see plumbing/fid.py), whose second and third number
+take --seed-start 50000 and 100000. The last line:
 
     student: FID 2.62 (50000 images)
 
-MNIST (about 8 minutes on 2 CPU cores; the student alone takes less than one): three figures, for
-all rows on the same noises and labels:
+MNIST (about 8 minutes on 2 CPU cores, the student alone less than one): three figures, for all rows
+on the same noises and labels, and the last line:
+
+    student: FD 1.10, accuracy 98.88%, diversity 0.961
 
     FD         Frechet distance between Gaussians fitted to features of generated and of test images
                (as FID, but the features are a small MNIST classifier's: not comparable with FID)
     accuracy   share of images that the classifier assigns to the class they were made for
     diversity  mean pairwise distance of images within a class, over that of test images
-
-and the last line:
-
-    student: FD 1.10, accuracy 98.88%, diversity 0.961
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp
+from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp, to
 from plumbing.digits import measure
 from plumbing.downloads import fetch
 from plumbing.fid import (
     INCEPTION_HASH,
-    FeatureStatistics,
+    feature_statistics,
     frechet_distance,
     inception,
-    inception_features,
     read_reference,
     seeded_inputs,
-    write_statistics,
 )
-from plumbing.files import file_hash, read_header, to_uint8, write_json
+from plumbing.files import file_hash, read_tensors, to_uint8, write_json, write_tensors
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import sample_noise
 from teachers import check_teaches, find_generator, is_sd_unet, load_generator, load_teacher
-from workloads import WORKLOADS, get_workload
+from workloads import WORKLOADS
 
-ROWS = ("student", "teacher", "untrained")
+ROWS = ("untrained", "teacher", "student")
 ONLY_FID, ONLY_MNIST = ("seed_start", "reference", "inception", "statistics"), ("seed",)
 
 
 @dataclass
 class Config(Options):
-    """Options at None: the dataset decides, see `complete`."""
+    """What to measure, and how."""
 
     checkpoint: str | None = option(
-        None,
-        "a run folder, a generator's file, https://... or hf://owner/repo/file "
-        "(default: the last run's, or the shipped one)",
+        None, "a run folder, a file, https://... or hf://... (default: the last run, or what ships)"
     )
     dataset: str | None = option(
         None, "the generator's; needed only for a teacher without a generator", tuple(WORKLOADS)
     )
-    rows: tuple[str, ...] = option(
-        (), f"what to measure: {', '.join(ROWS)} (default: student; mnist: all)", ROWS
-    )
-    teacher: bool = option(False, "the same as --rows teacher")
+    rows: tuple[str, ...] = option((), "what to measure (default: student; mnist: all)", ROWS)
     samples: int | None = option(None, "images per row (default: 50000; mnist: 10000)", least=2)
     steps: int | None = option(None, "Heun steps of the teacher (default: the dataset's)", least=1)
     teacher_weights: str | None = option(None, "teacher weights (default: the dataset's own)")
     json: str | None = option(None, "write the numbers to this file too")
     amp: str = option("off", "half precision of generator and teacher: bf16, fp16, ...", AMP)
-    batch_size: int | None = option(None, "images at a time (default: 64; mnist: 100)", least=1)
+    batch_size: int = option(100, "images at a time", least=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     # FID
-    seed_start: int | None = option(None, "FID: seed of the first image (default: 0)", least=0)
+    seed_start: int = option(0, "FID: seed of the first image", least=0)
     reference: str | None = option(
         None, "FID: real images' .npz or .safetensors, or a folder of them (default: EDM's .npz)"
     )
@@ -92,260 +82,181 @@ class Config(Options):
     statistics: str | None = option(
         None, "FID: .safetensors to keep the generated images' statistics in, and to reuse"
     )
-    # MNIST
-    seed: int | None = option(None, "mnist: seed of the noises (default: 1000000)", least=0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.teacher and self.rows not in ((), ("teacher",)):
-            raise UserError("--teacher is short for --rows teacher; give one of them")
-        self.rows = ("teacher",) if self.teacher else tuple(self.rows)
-        if self.inception is not None and not Path(self.inception).is_file():
-            raise UserError(f"{self.inception} does not exist; check --inception")
-        if self.statistics is not None and not self.statistics.endswith(".safetensors"):
-            raise UserError(f"--statistics must be a .safetensors file, not {self.statistics}")
-        if self.statistics is not None and len(set(self.rows)) > 1:
-            raise UserError("--statistics keeps those of one row; choose one with --rows")
+    # MNIST; the default is far from the seeds of make_pairs.py.
+    seed: int = option(1_000_000, "mnist: seed of the noises", least=0)
 
 
-def complete(config: Config, dataset: str) -> Config:
-    """Fill in what the dataset decides."""
+def complete(config: Config, dataset: str, device: torch.device) -> Config:
+    """Fill in what the dataset and the device decide; refuse what does not go with the dataset."""
+    rows = config.rows or (ROWS if dataset == "mnist" else ("student",))
+    samples = config.samples or (10_000 if dataset == "mnist" else 50_000)
     for name in ONLY_FID if dataset == "mnist" else ONLY_MNIST:
-        if getattr(config, name) is not None:
+        if getattr(config, name) != getattr(Config, name):
             raise UserError(f"--{name.replace('_', '-')} is not for {dataset}; leave it away")
-    if dataset == "mnist":
-        # 128 features need more images than that; the seed is far from those of make_pairs.py.
-        least, defaults = 200, {"samples": 10_000, "batch_size": 100, "seed": 1_000_000}
-    else:
-        least, defaults = 2, {"samples": 50_000, "batch_size": 64, "seed_start": 0}
-    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = replace(config, dataset=dataset, **missing)
-    if config.samples < least:
-        raise UserError(f"--samples must be at least {least}, not {config.samples}")
-    return config
+    if config.inception and not Path(config.inception).is_file():
+        raise UserError(f"{config.inception} does not exist; check --inception")
+    if config.statistics and not config.statistics.endswith(".safetensors"):
+        raise UserError(f"--statistics must be a .safetensors file, not {config.statistics}")
+    if config.statistics and len(rows) > 1:
+        raise UserError("--statistics keeps those of one row; choose one with --rows")
+    if dataset == "mnist" and samples < 200:  # 128 features need more images than that
+        raise UserError(f"--samples must be at least 200, not {samples}")
+    amp = pick_amp(config.amp, device)
+    return replace(config, dataset=dataset, rows=rows, samples=samples, amp=amp)
 
 
 # --------------------------------------------------------------------------------------------------
 # Rows
 
 
-@dataclass(frozen=True)
-class Row:
-    """One thing to measure.
+class Row(NamedTuple):
+    """One thing to measure."""
 
-    Attributes:
-        name: one of ROWS.
-        draw: noise (B, C, H, W) and labels (B,) or None -> images (B, C, H, W), about in [-1, 1].
-        evaluations: of the network, for one image.
-        source, sha256: the file of its weights, for the reader; its hash.
-    """
-
-    name: str
-    draw: Callable[[Tensor, Tensor | None], Tensor]
-    evaluations: int
-    source: str
-    sha256: str
+    name: str  # one of ROWS
+    solve: Callable  # noise (B, C, H, W), labels (B,) or None -> images (B, C, H, W), about [-1, 1]
+    evaluations: int  # of the network, for one image
+    source: str  # the file of its weights, for the reader
+    sha256: str  # the file's hash
 
 
-def load_rows(config: Config, device: torch.device) -> tuple[str, list[Row]]:
-    """The dataset, and what config.rows asks for, on the device."""
-    dataset, names, rows = config.dataset, config.rows, {}
-    if dataset is None or config.checkpoint is not None or "student" in (names or ROWS):
+def load_rows(config: Config, device: torch.device) -> tuple[Config, list[Row]]:
+    """The complete config, and what its rows ask for, on the device."""
+    dataset, path, rows = config.dataset, None, {}
+    if dataset is None or "student" in (config.rows or ROWS):
         path = find_generator(config.checkpoint)
-        refuse_text(is_sd_unet(path))  # before gigabytes are loaded in vain
+    if is_sd_unet(path) if path else WORKLOADS[dataset].latent:
+        raise UserError(
+            "text-to-image models are measured on COCO's captions, which is not part of this "
+            "project; write images with sample.py and give their folder to clean-fid"
+        )
+    if path:
         G, metadata = load_generator(path)
         if dataset not in (None, metadata["dataset"]):
             raise UserError(
                 f"{path} makes {metadata['dataset']}, not {dataset}; choose another --checkpoint"
             )
-        dataset = metadata["dataset"]
-    refuse_text(WORKLOADS[dataset].latent)
-    names = dict.fromkeys(names or (ROWS if dataset == "mnist" else ("student",)))
-    if "student" in names:
-        G = G.to(device, memory_format=torch.channels_last)
+        dataset, G = metadata["dataset"], G.to(device, memory_format=torch.channels_last)
         source = f"{path} (step {metadata.get('step', '?')})"
         rows["student"] = Row("student", G, 1, source, file_hash(path))
-    if names.keys() - {"student"}:
-        given = {} if config.teacher_weights is None else {"teacher": config.teacher_weights}
-        workload = get_workload(dataset, **given)
+    config = complete(config, dataset, device)  # before a teacher is downloaded in vain
+    if set(config.rows) != {"student"}:
+        workload = WORKLOADS[dataset]
+        workload = replace(workload, teacher=config.teacher_weights or workload.teacher)
         teacher = load_teacher(workload).to(device)
-        if "student" in names and not given:
+        if "student" in config.rows and not config.teacher_weights:
             check_teaches(teacher, metadata, path)
-        name, sha256 = teacher.record["name"], teacher.record["sha256"]
-        for row, steps in (("teacher", config.steps or workload.solver_steps), ("untrained", 1)):
-            draw = partial(teacher.solve, steps=steps)
-            rows[row] = Row(row, draw, teacher.evaluations(steps), name, sha256)
-    return dataset, [rows[name] for name in names]
+        source, sha256 = teacher.record["name"], teacher.record["sha256"]
+        for name, steps in (("teacher", config.steps or workload.solver_steps), ("untrained", 1)):
+            solve = partial(teacher.solve, steps=steps)
+            rows[name] = Row(name, solve, teacher.evaluations(steps), source, sha256)
+    return config, [rows[name] for name in config.rows]
 
 
-def refuse_text(is_text: bool) -> None:
-    """Raise UserError for a text-to-image model."""
-    if is_text:
-        raise UserError(
-            "text-to-image models are measured on COCO's captions, which is not part of this "
-            "project; write images with sample.py and give their folder to clean-fid"
-        )
-
-
-@torch.inference_mode()
-def draw_uint8(row: Row, z: Tensor, labels: Tensor | None, amp: str) -> Tensor:
-    """Noise (B, C, H, W) and labels (B,) or None -> uint8 images (B, C, H, W), on z's device."""
-    with autocast(z.device, amp):
-        images = row.draw(z.contiguous(memory_format=torch.channels_last), labels)
-    if not images.isfinite().all():
-        raise UserError(f"{row.source} gives NaN or infinity; check it, or try --amp off")
-    return to_uint8(images)
+def draw(row: Row, config: Config, ranks: Ranks) -> Iterator[Tensor]:
+    """This rank's share of a row's images, batch by batch: uint8 (B, C, H, W), on its device."""
+    workload, share = WORKLOADS[config.dataset], ranks.share(config.samples)
+    shape, classes = workload.image_shape, workload.num_classes
+    with tqdm(total=len(share), desc=row.name, unit="image", disable=ranks.rank > 0) as bar:
+        for start in range(0, len(share), config.batch_size):
+            indices = share[start : start + config.batch_size]
+            if config.dataset == "mnist":
+                z, labels = sample_noise(config.seed, indices, shape), torch.tensor(indices) % 10
+            else:
+                seeds = [config.seed_start + k for k in indices]
+                z, labels = seeded_inputs(seeds, shape, classes, ranks.device)
+            z, labels = to(ranks.device, z, labels)
+            with torch.inference_mode(), autocast(ranks.device, config.amp):
+                images = row.solve(z, labels)
+            if not images.isfinite().all():
+                raise UserError(f"{row.source} gives NaN or infinity; check it, or try --amp off")
+            yield to_uint8(images)
+            bar.update(len(images))
 
 
 # --------------------------------------------------------------------------------------------------
-# FID
+# Figures
 
 
 def measure_fid(config: Config, rows: list[Row], ranks: Ranks) -> dict[str, dict]:
     """FID of each row, printed as soon as it is known -> what --json keeps (on rank 0)."""
-    seeds = range(config.seed_start, config.seed_start + config.samples)
-    records = [describe(row, seeds, config, ranks.device) for row in rows]
-    path = None if config.statistics is None else Path(config.statistics)
-    with ranks.first_goes_first():
+    kept = Path(config.statistics) if config.statistics else None
+    reuse = kept is not None and kept.exists()
+    with ranks.first_goes_first():  # rank 0 downloads
         source, network = fetch(config.reference or WORKLOADS[config.dataset].reference), None
-        known = [read_statistics(path, record) for record in records]
-        if None in known or source.is_dir():
+        if source.is_dir() or not reuse:
             network = inception(config.inception, ranks.device)
-    reference = read_reference(source, network, config.batch_size)  # ranks share a folder
+    reference = read_reference(source, network, config.batch_size, ranks)
 
     results = {}
-    for row, record, statistics in zip(rows, records, known, strict=True):
-        found = statistics or sample_statistics(row, seeds, network, config, ranks)
+    for row in rows:
+        record = describe(row, config, ranks.device)
+        if reuse:
+            mu, sigma = read_statistics(kept, record)
+        else:
+            mu, sigma = feature_statistics(draw(row, config, ranks), network, ranks)
         if ranks.rank > 0:
             continue
-        fid = frechet_distance(*found, *reference)
+        fid = frechet_distance(mu, sigma, *reference)
         results[row.name] = {"fid": fid, "reference": str(source)} | record
         print(f"{row.source}: evaluations {row.evaluations}, seeds {record['seeds']}, vs. {source}")
-        print(f"{row.name}: FID {fid:.2f} ({len(seeds)} images)", flush=True)
-        if path is not None and statistics is None:  # after the number: it may have cost hours
-            write_statistics(path, *found, len(seeds), record)
+        print(f"{row.name}: FID {fid:.2f} ({config.samples} images)", flush=True)
+        if kept and not reuse:  # after the number: it may have cost hours
+            write_tensors(kept, {"mu": mu, "sigma": sigma}, record)
     return results
 
 
-def sample_statistics(
-    row: Row, seeds: range, network: nn.Module, config: Config, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
-    """Draw the images with these seeds; the ranks share them.
-
-    Returns:
-        mean (2048,) and covariance (2048, 2048) of their features, float64, on every rank.
-    """
-    workload, share = WORKLOADS[config.dataset], ranks.share(len(seeds))
-    statistics = FeatureStatistics(ranks.device)
-    with tqdm(total=len(share), desc=row.name, unit="image", disable=ranks.rank > 0) as bar:
-        for indices in batches(share, config.batch_size):
-            z, labels = seeded_inputs(
-                [seeds[i] for i in indices], workload.image_shape, workload.num_classes,
-                ranks.device,
-            )  # fmt: skip
-            images = draw_uint8(row, z, labels, config.amp)
-            statistics.add(inception_features(images, network))
-            bar.update(len(images))
-    statistics.all_reduce()
-    return statistics.mean_and_covariance()
-
-
-def batches(indices: range, size: int) -> list[range]:
-    """Consecutive parts of at most `size`."""
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def describe(row: Row, seeds: range, config: Config, device: torch.device) -> dict[str, str]:
+def describe(row: Row, config: Config, device: torch.device) -> dict[str, str]:
     """All that the generated images' statistics depend on; goes into their file."""
-    # The published weights are named by the beginning of their hash, so that is recorded.
-    weights = INCEPTION_HASH if config.inception is None else file_hash(Path(config.inception))
     return {
         "dataset": config.dataset,
         "row": row.name,
         "weights": row.sha256,
         "evaluations": str(row.evaluations),
-        "count": str(len(seeds)),
-        "seeds": f"{seeds[0]}-{seeds[-1]}",
+        "count": str(config.samples),
+        "seeds": f"{config.seed_start}-{config.seed_start + config.samples - 1}",
         "device": device.type,  # a GPU's random numbers are not a CPU's
         "amp": config.amp,
-        "inception": weights[: len(INCEPTION_HASH)],
+        "inception": file_hash(Path(config.inception))[:8] if config.inception else INCEPTION_HASH,
     }
 
 
-def read_statistics(path: Path | None, record: dict[str, str]) -> tuple[Tensor, Tensor] | None:
-    """Mean and covariance that write_statistics kept with this record; None if there is no file."""
-    if path is None or not path.exists():
-        return None
-    found = read_header(path)[1]
+def read_statistics(path: Path, record: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """The mean and covariance that were kept with this record."""
+    tensors, found = read_tensors(path)
     changed = [key for key in record if found.get(key) != record[key]]
     if changed:
         raise UserError(
             f"{path} holds statistics with another {', '.join(changed)}; "
             "choose another --statistics or delete it"
         )
-    return read_reference(path)
-
-
-# --------------------------------------------------------------------------------------------------
-# MNIST
+    return tensors["mu"], tensors["sigma"]
 
 
 def measure_digits(config: Config, rows: list[Row], ranks: Ranks) -> dict[str, dict]:
-    """Measure each row and print the table -> what --json keeps (on rank 0)."""
-    results = {}
+    """The three figures of each row, printed as soon as they are known -> what --json keeps."""
+    share, labels, results = ranks.share(config.samples), torch.arange(config.samples) % 10, {}
     for row in rows:
-        images, labels = sample_digits(row, config, ranks)
-        if ranks.rank == 0:
-            results[row.name] = measure(images, labels, ranks.device)
-    if ranks.rank > 0:
-        return {}
-
-    print(f"\n{rows[0].source}, {config.samples} images per row")
-    print(f"{'':10} {'evaluations':>11} {'FD':>8} {'accuracy':>9} {'diversity':>9}")
-    for row in rows:
-        figures = results[row.name]
-        print(
-            f"{row.name:10} {row.evaluations:11} {figures['fd']:8.2f} "
-            f"{figures['accuracy']:9.2%} {figures['diversity']:9.3f}"
-        )
-    first = results[rows[0].name]
-    print(
-        f"{rows[0].name}: FD {first['fd']:.2f}, accuracy {first['accuracy']:.2%}, "
-        f"diversity {first['diversity']:.3f}"
-    )
+        images = torch.zeros(config.samples, *WORKLOADS["mnist"].image_shape)
+        mine = torch.cat(list(draw(row, config, ranks)))
+        images[share.start : share.stop] = mine.float() / 127.5 - 1
+        images = ranks.mean(images) * ranks.count  # the other ranks' are zero
+        if ranks.rank > 0:
+            continue
+        results[row.name] = found = measure(images, labels, ranks.device)
+        print(f"{row.source}: evaluations {row.evaluations}, {config.samples} images")
+        fd, accuracy = f"FD {found['fd']:.2f}", f"accuracy {found['accuracy']:.2%}"
+        print(f"{row.name}: {fd}, {accuracy}, diversity {found['diversity']:.3f}", flush=True)
     return results
-
-
-def sample_digits(row: Row, config: Config, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Draw images k = 0 .. samples-1 of class k mod 10; the ranks share them.
-
-    Returns:
-        images (N, 1, 28, 28) in [-1, 1], rounded as uint8 is, and labels (N,), on every rank.
-    """
-    workload, share = WORKLOADS["mnist"], ranks.share(config.samples)
-    labels = torch.arange(config.samples) % workload.num_classes
-    # The other ranks' images stay zero, so that the sum over the ranks is all of them.
-    images = torch.zeros(config.samples, *workload.image_shape, dtype=torch.uint8)
-    with tqdm(total=len(share), desc=row.name, unit="image", disable=ranks.rank > 0) as bar:
-        for indices in batches(share, config.batch_size):
-            z = sample_noise(config.seed, indices, workload.image_shape).to(ranks.device)
-            part = slice(indices.start, indices.stop)
-            images[part] = draw_uint8(row, z, labels[part].to(ranks.device), config.amp).cpu()
-            bar.update(len(indices))
-    if ranks.count > 1:
-        dist.all_reduce(images)
-    return images.float() / 127.5 - 1, labels
 
 
 def main(config: Config) -> None:
     """Print the figures, and write them as JSON."""
     ranks = join_ranks(config.device)
     with ranks.first_goes_first():  # rank 0 downloads
-        dataset, rows = load_rows(config, ranks.device)
-    config = complete(replace(config, amp=pick_amp(config.amp, ranks.device)), dataset)
-    measure_rows = measure_digits if dataset == "mnist" else measure_fid
+        config, rows = load_rows(config, ranks.device)
+    measure_rows = measure_digits if config.dataset == "mnist" else measure_fid
     results = measure_rows(config, rows, ranks)
-    if config.json is not None and ranks.rank == 0:
+    if config.json and ranks.rank == 0:
         write_json(Path(config.json), results)
 
 

@@ -71,8 +71,7 @@ def main(config: Config) -> None:
         progress.set_postfix(loss=f"{loss.item():.3f}")
 
     # What ships is float16; the statistics belong to exactly those weights.
-    classifier.half()
-    tensors = {name: value.clone() for name, value in classifier.state_dict().items()}
+    tensors = classifier.half().state_dict()
     features, logits = classify(classifier.float().eval(), test_images, device)
     mean, covariance = mean_and_covariance(features)
     diversity = torch.tensor(class_diversity(test_images, test_labels), dtype=torch.float64)

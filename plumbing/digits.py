@@ -1,21 +1,16 @@
-"""What judges digits: a small classifier, and three figures that evaluate.py prints.
+"""MNIST, and what judges digits: a small classifier and the three figures of evaluate.py.
 
-    FD         Frechet distance between Gaussians fitted to features of generated and of test images
-    accuracy   share of images that the classifier assigns to the class they were made for
-    diversity  mean pairwise distance of images within a class, over that of test images
-
-Its weights and the test images' statistics are in assets/; `python assets/train_classifier.py`
-remakes both.
+Its weights and the test images' statistics are in assets/, from assets/train_classifier.py.
 """
 
-import gzip
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pdist
 
 from plumbing.fid import frechet_distance, mean_and_covariance
-from plumbing.files import load_strictly, read_tensors
+from plumbing.files import load_strictly, one_line, read_tensors
 from plumbing.options import UserError
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -42,11 +37,9 @@ class MNISTClassifier(nn.Module):
 
 
 @torch.inference_mode()
-def classify(
-    classifier: nn.Module, images: Tensor, device: torch.device, batch_size: int = 500
-) -> tuple[Tensor, Tensor]:
+def classify(classifier: nn.Module, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features (N, 128) and logits (N, 10), on the CPU, batch by batch."""
-    rows = [classifier(batch.to(device)) for batch in images.split(batch_size)]
+    rows = [classifier(batch.to(device)) for batch in images.split(500)]
     features, logits = zip(*rows, strict=True)
     return torch.cat(features).cpu(), torch.cat(logits).cpu()
 
@@ -54,8 +47,7 @@ def classify(
 def load_classifier(device: torch.device) -> nn.Module:
     """The classifier of assets/, in eval mode."""
     classifier = MNISTClassifier()
-    tensors, _ = read_tensors(CLASSIFIER)
-    load_strictly(classifier, {k: v.float() for k, v in tensors.items()}, CLASSIFIER)
+    load_strictly(classifier, read_tensors(CLASSIFIER)[0], CLASSIFIER)
     return classifier.eval().to(device)
 
 
@@ -65,16 +57,12 @@ def class_diversity(images: Tensor, labels: Tensor) -> float:
     Args:
         images: (N, C, H, W); labels: (N,) long, at least two images of each class that occurs.
     """
-    distances = []
-    for label in labels.unique():
-        of_class = images[labels == label].flatten(1).double()
-        n = len(of_class)
-        distances.append(torch.cdist(of_class, of_class).sum() / (n * (n - 1)))
-    return float(torch.stack(distances).mean())
+    by_class = [images[labels == label].flatten(1).double() for label in labels.unique()]
+    return float(torch.stack([pdist(of_class).mean() for of_class in by_class]).mean())
 
 
 def measure(images: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
-    """The three figures for one set of images, and how many images there are.
+    """The three figures that evaluate.py explains, and the number of images.
 
     Args:
         images: (N, 1, 28, 28) in [-1, 1]; labels: (N,) long, what they were made for.
@@ -95,15 +83,13 @@ def measure(images: Tensor, labels: Tensor, device: torch.device) -> dict[str, f
 
 def load_mnist(folder: str, train: bool) -> tuple[Tensor, Tensor]:
     """MNIST through torchvision -> images (N, 1, 28, 28) float32 in [-1, 1], labels (N,) long."""
-    try:
-        from torchvision.datasets import MNIST  # only needed to retrain what assets/ holds
-    except ImportError:
-        raise UserError("MNIST is read through torchvision: pip install torchvision") from None
+    from torchvision.datasets import MNIST  # slow to import
+
     try:
         data = MNIST(folder, train=train, download=True)
-    except (OSError, RuntimeError, ValueError, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"MNIST is neither complete in {folder!r} nor downloadable ({error}); put its four "
-            f"files into {folder}/MNIST/raw"
-        ) from None
+    except (OSError, RuntimeError, ValueError) as error:
+        text = (
+            f"put MNIST's four files into {folder}/MNIST/raw: they are neither there nor to be had"
+        )
+        raise UserError(one_line(f"{text} ({error})")) from None
     return data.data[:, None].float() / 127.5 - 1, torch.as_tensor(data.targets)

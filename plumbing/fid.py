@@ -1,11 +1,5 @@
 """The Frechet Inception Distance as EDM measures it, in pieces that evaluate.py puts together.
 
-    seeded_inputs                   noise and class labels of the images with given seeds
-    inception, inception_features   uint8 RGB images -> 2048 features of TensorFlow's Inception-2015
-    FeatureStatistics               their mean and covariance, batch by batch, over all ranks
-    read_reference                  mean and covariance of real images: a file, or a folder
-    frechet_distance                FID, from two means and covariances
-
 FID is lower for more images and varies with the seeds, so only equal protocols compare. EDM's
 (github.com/NVlabs/edm, its README, generate.py and fid.py), which the paper follows:
 
@@ -13,61 +7,46 @@ FID is lower for more images and varies with the seeds, so only equal protocols 
                 device that samples. From it come first the noise, then the class label, uniform
                 over the classes, so classes are not balanced exactly; then a stochastic sampler's
                 noise. Neither the batch size nor the number of ranks matters.
-    counting    50,000 images; fewer are an error, of more a random subset counts. Thrice, with
-                the seeds 0-49999, 50000-99999 and 100000-149999; the least FID is reported.
-    rounding    uint8 by x * 127.5 + 128, clamped (rundir.to_uint8), before the features. The
+    counting    50,000 images, thrice, with the seeds 0-49999, 50000-99999 and 100000-149999; the
+                least FID is reported.
+    rounding    uint8 by x * 127.5 + 128, clamped (files.to_uint8), before the features. The
                 network itself resizes to 299x299, as TensorFlow 1 did.
     sums        Mean and covariance (denominator N - 1) in float64. Reference statistics are an
                 .npz with `mu` and `sigma`, of the training images, all of them.
 """
 
-import struct
 import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from plumbing.downloads import download, fetch
-from plumbing.files import (
-    DAMAGE,
-    file_hash,
-    one_line,
-    one_line_errors,
-    read_tensors,
-    torch_load,
-    write_tensors,
-)
+from plumbing.devices import Ranks
+from plumbing.downloads import download
+from plumbing.files import DAMAGE, one_line, one_line_errors, read_tensors, torch_load
 from plumbing.options import UserError
 
 FEATURES = 2048
-# torch-fidelity's conversion of the original TensorFlow weights. pytorch-fid offers the same bytes
-# under the second name: the names end with the file's hash.
+# torch-fidelity's conversion of the original TensorFlow weights.
+INCEPTION_HASH = "6726825d"  # the first 8 digits of its SHA-256
+INCEPTION_FILE = f"weights-inception-2015-12-05-{INCEPTION_HASH}.pth"
 INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth"
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 )
-INCEPTION_FILES = (INCEPTION_URL.rpartition("/")[2], "pt_inception-2015-12-05-6726825d.pth")
-INCEPTION_HASH = "6726825d"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 # --------------------------------------------------------------------------------------------------
-# Seeds
+# Seeds and features
 
 
 def seeded_inputs(
     seeds: Sequence[int], shape: tuple[int, ...], num_classes: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor | None]:
     """What EDM's generate.py draws for the images with these seeds, on the device that samples.
-
-    An image's numbers come from a generator of its own, so the others do not matter. A CPU and a
-    GPU draw different ones.
 
     Args:
         shape: of one image, (C, H, W).
@@ -85,10 +64,6 @@ def seeded_inputs(
     return torch.stack(noises), torch.stack(labels) if num_classes else None
 
 
-# --------------------------------------------------------------------------------------------------
-# Features
-
-
 def inception(weights: str | Path | None, device: torch.device | str) -> nn.Module:
     """The network, in eval mode: uint8 (B, 3, H, W) -> one-tuple of features (B, 2048) float32.
 
@@ -96,11 +71,11 @@ def inception(weights: str | Path | None, device: torch.device | str) -> nn.Modu
         weights: a state dict of torch.save; None for the published one, from torch hub's folder
             or else downloaded into it (by one process: among ranks let the first go ahead).
     """
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        raise UserError("FID needs torch-fidelity: pip install torch-fidelity") from None
-    path = inception_file() if weights is None else Path(weights)
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = Path(weights or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_FILE}")
+    if not weights and not path.exists():
+        download(INCEPTION_URL, path, INCEPTION_HASH)
     with one_line_errors(path):
         # The constructor loads with weights_only=False, which runs whatever a file says: only after
         # we have seen that this one says nothing but tensors.
@@ -111,88 +86,34 @@ def inception(weights: str | Path | None, device: torch.device | str) -> nn.Modu
     return network.eval().requires_grad_(False).to(device)
 
 
-def inception_file() -> Path:
-    """The published weights: where torch-fidelity keeps them, downloaded if they are not there."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    known = [folder / name for name in INCEPTION_FILES]
-    path = next((path for path in known if path.exists()), known[0])
-    if not path.exists():
-        download(INCEPTION_URL, path, INCEPTION_HASH)
-    if not file_hash(path).startswith(INCEPTION_HASH):
-        raise UserError(f"{path} is not the published file ({INCEPTION_URL}); delete it and rerun")
-    return path
-
-
-@torch.inference_mode()
-def inception_features(images: Tensor, network: nn.Module) -> Tensor:
-    """uint8 RGB images (B, 3, H, W) of any size -> features (B, 2048), on the network's device."""
-    if images.dtype != torch.uint8 or images.dim() != 4:
-        shape = tuple(images.shape)
-        raise ValueError(f"images must be uint8 (B, 3, H, W), not {images.dtype} {shape}")
-    if images.shape[1] != 3:
-        raise UserError(
-            f"FID is defined for RGB images, but these have {images.shape[1]} channel(s); for "
-            "grayscale digits evaluate.py measures FD with a classifier's features"
-        )
-    return network(images.to(device_of(network)))[0]
-
-
-def device_of(network: nn.Module) -> torch.device:
-    """Where a network's parameters are."""
-    return next(network.parameters()).device
-
-
 # --------------------------------------------------------------------------------------------------
 # Mean and covariance
 
 
-class FeatureStatistics:
-    """Count, sum and sum of outer products of features, in float64: all that FID needs of them.
+@torch.no_grad()
+def feature_statistics(
+    batches: Iterable[Tensor], network: Callable, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of the features of all ranks' images, float64, on the CPU.
 
-    Sums of parts can be added up, so that 50,000 images need no 50,000x2048 features at once, and
-    ranks can share the work. float64 also bears the cancellation in `mean_and_covariance`.
+    Sums of parts add up, so 50,000 images need no (50,000, D) features at once, and ranks share
+    the work. float64 bears the cancellation in the covariance.
 
     Args:
-        device: where the sums are; with NCCL it must be the rank's GPU.
+        batches: this rank's images, uint8 RGB (B, 3, H, W) of any size.
+        network: of `inception`, D = 2048.
     """
-
-    def __init__(self, device: torch.device | str = "cpu", size: int = FEATURES):
-        self.count = 0
-        self.sum = torch.zeros(size, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(size, size, dtype=torch.float64, device=device)
-
-    def add(self, features: Tensor) -> None:
-        """Count features (B, D) in."""
-        features = features.detach().to(self.sum.device, torch.float64)
-        self.count += len(features)
-        self.sum += features.sum(0)
-        self.outer += features.T @ features
-
-    def merge(self, other: "FeatureStatistics") -> None:
-        """Count in what another one has counted."""
-        self.count += other.count
-        self.sum += other.sum.to(self.sum.device)
-        self.outer += other.outer.to(self.outer.device)
-
-    def all_reduce(self) -> None:
-        """Merge all ranks into every rank: once, by all of them. Alone, it does nothing."""
-        if dist.is_available() and dist.is_initialized():
-            count = torch.tensor(self.count, device=self.sum.device)
-            for total in (count, self.sum, self.outer):
-                dist.all_reduce(total)
-            self.count = int(count)
-
-    def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
-        """Mean (D,) and covariance (D, D) with denominator N - 1, float64, on the CPU.
-
-        Raises:
-            UserError: fewer than two images.
-        """
-        if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 images, not {self.count}")
-        total, outer = self.sum.cpu(), self.outer.cpu()
-        mean = total / self.count
-        return mean, (outer - torch.outer(total, mean)) / (self.count - 1)
+    count = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    total = torch.zeros(FEATURES, dtype=torch.float64, device=ranks.device)
+    outer = torch.zeros(FEATURES, FEATURES, dtype=torch.float64, device=ranks.device)
+    for images in batches:
+        features = network(images.to(ranks.device))[0].double()  # (B, D)
+        count += len(features)
+        total += features.sum(0)
+        outer += features.T @ features
+    count, total, outer = ((ranks.mean(x) * ranks.count).cpu() for x in (count, total, outer))
+    mean = total / count
+    return mean, (outer - torch.outer(total, mean)) / (count - 1)
 
 
 def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,97 +143,48 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
 
 
 def read_reference(
-    source: str | Path, network: nn.Module | None = None, batch_size: int = 64
+    path: Path, network: Callable | None, batch_size: int, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
     """Statistics to compare with -> mean (2048,), covariance (2048, 2048), float64, on the CPU.
 
     Args:
-        source: an .npz with `mu` and `sigma` (EDM's fid-refs), a .safetensors file of
-            write_statistics, an address of either, or a folder of images.
+        path: a file with `mu` and `sigma` (an .npz, as EDM's, or a .safetensors), or a folder of
+            images, which the ranks share.
         network: of `inception`; only a folder needs it.
     """
-    path = fetch(str(source))
     if path.is_dir():
-        if network is None:
-            raise ValueError(f"{path} is a folder, whose statistics need the network")
-        return folder_statistics(path, network, batch_size).mean_and_covariance()
+        return feature_statistics(read_images(path, batch_size, ranks), network, ranks)
     if path.suffix == ".safetensors":
         tensors, _ = read_tensors(path)
     else:
-        tensors = read_npz(path)
-    return checked_statistics(tensors, path)
-
-
-def read_npz(path: Path) -> dict[str, Tensor]:
-    """`mu` and `sigma` (if they are there) of an .npz. Nothing in the file is executed."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist; check the path")
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {k: torch.from_numpy(archive[k]) for k in ("mu", "sigma") if k in archive}
-    except (*DAMAGE, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(one_line(f"{path} is not an .npz of plain arrays ({error})")) from None
-
-
-def checked_statistics(tensors: dict[str, Tensor], path: Path) -> tuple[Tensor, Tensor]:
-    """mu and sigma in float64, if they can be those of Inception's features."""
+        try:
+            with np.load(path, allow_pickle=False) as archive:  # nothing in it is executed
+                tensors = {k: torch.from_numpy(archive[k]) for k in ("mu", "sigma") if k in archive}
+        except (*DAMAGE, OSError, zipfile.BadZipFile) as error:
+            raise UserError(one_line(f"{path} is not an .npz of plain arrays ({error})")) from None
     for name, shape in (("mu", (FEATURES,)), ("sigma", (FEATURES, FEATURES))):
-        if name not in tensors:
-            raise UserError(f"{path} holds no {name!r}; FID's references hold mu and sigma")
-        value = tensors[name]
-        if tuple(value.shape) != shape:
-            found = tuple(value.shape)
+        found = tuple(tensors[name].shape) if name in tensors else "missing"
+        if found != shape:
             raise UserError(f"{path}: {name} is {found} instead of {shape}; use Inception's")
-        if not value.dtype.is_floating_point or not value.isfinite().all():
-            raise UserError(f"{path}: {name} is not made of finite real numbers; make it again")
-    mu, sigma = tensors["mu"].double(), tensors["sigma"].double()
-    # Half of a matrix is all that frechet_distance looks at: the other half would not be missed.
-    if not torch.allclose(sigma, sigma.T, rtol=0, atol=1e-6 * float(sigma.abs().max())):
-        raise UserError(f"{path}: sigma is not symmetric, so it is no covariance; make it again")
-    return mu, sigma
+    return tensors["mu"].double(), tensors["sigma"].double()
 
 
-def write_statistics(
-    path: Path, mu: Tensor, sigma: Tensor, count: int, metadata: dict[str, str] | None = None
-) -> None:
-    """Write statistics as safetensors, atomically, for read_reference.
-
-    Args:
-        mu, sigma: (2048,), (2048, 2048) float64.
-        count: of how many images.
-        metadata: what else shall be known about them.
-    """
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: statistics are written as .safetensors; choose such a name")
-    checked_statistics({"mu": mu, "sigma": sigma}, path)
-    write_tensors(path, {"mu": mu, "sigma": sigma}, {"count": str(count)} | (metadata or {}))
-
-
-def folder_statistics(folder: Path, network: nn.Module, batch_size: int = 64) -> FeatureStatistics:
-    """Statistics of all PNG and JPEG images in a folder and the folders in it, over all ranks."""
+def read_images(folder: Path, batch_size: int, ranks: Ranks) -> Iterator[Tensor]:
+    """This rank's share of the PNG and JPEG images in a folder and the folders in it, batch by
+    batch: uint8 (B, 3, H, W)."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(files) < 2:
         raise UserError(f"{folder} holds {len(files)} PNG or JPEG images; FID needs at least 2")
-    shape = read_image(files[0]).shape
-    rank, ranks = 0, 1
-    if dist.is_available() and dist.is_initialized():
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = files[rank::ranks]
-
-    statistics = FeatureStatistics(device_of(network))
-    for start in tqdm(range(0, len(mine), batch_size), desc=folder.name, disable=rank > 0):
-        images = []
-        for path in mine[start : start + batch_size]:
-            images.append(read_image(path))
-            if images[-1].shape != shape:
-                (_, height, width), (_, h, w) = shape, images[-1].shape
+    shape, share = read_image(files[0]).shape, ranks.share(len(files))
+    for start in tqdm(range(0, len(share), batch_size), desc=folder.name, disable=ranks.rank > 0):
+        images = {files[k]: read_image(files[k]) for k in share[start : start + batch_size]}
+        for path, image in images.items():
+            if image.shape != shape:
                 raise UserError(
-                    f"{path} is {w}x{h}, but {files[0]} is {width}x{height}; FID is sensitive to "
-                    "resizing, so bring them to one size deliberately"
+                    f"{path} is {tuple(image.shape)}, but {files[0]} {tuple(shape)}: FID "
+                    "depends on how images are resized, so bring them to one size deliberately"
                 )
-        statistics.add(inception_features(torch.stack(images), network))
-    statistics.all_reduce()
-    return statistics
+        yield torch.stack(list(images.values()))
 
 
 def read_image(path: Path) -> Tensor:
@@ -320,7 +192,7 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             mode, pixels = image.mode, np.array(image)
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(one_line(f"{path} cannot be read as PNG or JPEG ({error})")) from None
     if mode != "RGB":
         raise UserError(f"{path} is not an RGB image (its mode is {mode}); convert or remove it")

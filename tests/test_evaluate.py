@@ -2,6 +2,8 @@
 shipped assets against their claims."""
 
 import json
+import socket
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,6 +37,16 @@ def test_diversity_is_the_mean_pairwise_distance_within_classes():
     labels = torch.tensor([0, 0, 0, 1, 1])
     expected = ((3 + 3 + 6) / 3 + 4) / 2
     assert digits.class_diversity(images, labels) == pytest.approx(expected)
+
+
+def test_no_mnist_and_no_network(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    with pytest.raises(UserError, match=r"four files into .*MNIST/raw.*no route") as raised:
+        digits.load_mnist(str(tmp_path), train=True)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.slow
@@ -80,18 +92,26 @@ def test_a_generator_of_another_teacher_is_not_compared(tmp_path):
 def test_ranks_share_the_digits(monkeypatch):
     """Three ranks' images add up to those of one process: of noise k and of class k mod 10."""
     config = evaluate.Config(checkpoint=str(MNIST_GENERATOR), rows=("student",), device="cpu")
-    _, (row,) = evaluate.load_rows(config, CPU)
-    config = evaluate.Config(samples=23, batch_size=5, seed=3)
-    parts = []
-    monkeypatch.setattr(evaluate.dist, "all_reduce", lambda images: parts.append(images.clone()))
-    whole, labels = evaluate.sample_digits(row, config, Ranks(0, 1, CPU))
+    config, (row,) = evaluate.load_rows(config, CPU)
+    config = replace(config, samples=23, batch_size=5, seed=3)
+    parts, judged = [], []
+
+    def measure(images, labels, device):
+        judged.append((images, labels))
+        return {"fd": 1.0, "accuracy": 1.0, "diversity": 1.0}
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    evaluate.measure_digits(config, [row], Ranks(0, 1, CPU))
+    ((whole, labels),) = judged
+    monkeypatch.setattr(Ranks, "mean", lambda self, images: parts.append(images) or images)
     for rank in range(3):
-        evaluate.sample_digits(row, config, Ranks(rank, 3, CPU))
-    assert ((whole.add(1) * 127.5 - sum(part.int() for part in parts)).abs() < 1.01).all()
+        evaluate.measure_digits(config, [row], Ranks(rank, 3, CPU))
+    assert len(judged) == 2  # rank 0 alone judges
+    assert ((whole - sum(parts)).abs() * 127.5 < 1.01).all()
 
     assert labels.tolist() == [k % 10 for k in range(23)]
     with torch.inference_mode():
-        expected = row.draw(sample_noise(3, [17], (1, 28, 28)), torch.tensor([7]))
+        expected = row.solve(sample_noise(3, [17], (1, 28, 28)), torch.tensor([7]))
     torch.testing.assert_close(whole[17:18], expected.clamp(-1, 1), rtol=0, atol=0.01)
 
 
@@ -154,13 +174,12 @@ def test_fid_on_two_ranks_is_edms(cifar, reference, random_weights, tmp_path):
     assert result.returncode == 0, result.stderr
 
     images = edm_images(net, range(start, start + 7))
-    features = fid.inception_features(images, fid.inception(random_weights, "cpu"))
-    mu, sigma = fid.mean_and_covariance(features)
+    mu, sigma = fid.mean_and_covariance(fid.inception(random_weights, "cpu")(images)[0])
     # A rounding to uint8 may fall the other way, which moves the features a little.
-    found = fid.read_reference(statistics)
+    found = test_fid.read(statistics)
     assert (found[0] - mu).norm() < 1e-4 * mu.norm()
     assert (found[1] - sigma).norm() < 1e-3 * sigma.norm()
-    expected = fid.frechet_distance(mu, sigma, *fid.read_reference(reference))
+    expected = fid.frechet_distance(mu, sigma, *test_fid.read(reference))
     assert json.loads(numbers.read_text())["student"]["fid"] == pytest.approx(expected, rel=1e-4)
     last = result.stdout.splitlines()[-1]
     assert last.startswith("student: FID ") and last.endswith(" (7 images)")
@@ -201,9 +220,9 @@ def test_images_are_edms_in_any_batch(
         statistics=str(kept),
     )  # fmt: skip
     evaluate.main(config)
-    features = fid.inception_features(edm_images(net, range(9), steps), test_fid.Projection())
+    features = test_fid.Projection()(edm_images(net, range(9), steps))[0]
     expected = fid.mean_and_covariance(features)
-    torch.testing.assert_close(fid.read_reference(kept), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(test_fid.read(kept), expected, rtol=1e-3, atol=1e-5)
     assert read_header(kept)[1]["evaluations"] == str(evaluations)
 
 
@@ -212,7 +231,8 @@ def test_a_teacher_needs_no_generator(cifar, reference, fast, monkeypatch, capsy
     with pytest.raises(UserError, match="makes mnist, not cifar10"):
         evaluate.main(evaluate.Config(dataset="cifar10", device="cpu"))  # the student does
     monkeypatch.setattr(evaluate, "find_generator", None)
-    options = {"dataset": "cifar10", "teacher_weights": str(cifar[0]), "steps": 1, "teacher": True}
+    options = {"dataset": "cifar10", "teacher_weights": str(cifar[0]), "steps": 1}
+    options |= {"rows": ("teacher",)}
     evaluate.main(fid_config(cifar, reference, **options | {"checkpoint": None}))
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("generator.safetensors: evaluations 1, seeds 0-8, vs. ")
@@ -229,7 +249,7 @@ def test_kept_statistics_are_reused_for_the_same_images_alone(
     assert read_header(kept)[1]["seeds"] == "0-8"
 
     monkeypatch.setattr(evaluate, "inception", None)  # and nothing is drawn
-    monkeypatch.setattr(evaluate, "sample_statistics", None)
+    monkeypatch.setattr(evaluate, "draw", None)
     evaluate.main(config)
     assert capsys.readouterr().out == first
     other = tmp_path / "inception.pth"
@@ -245,7 +265,7 @@ def test_kept_statistics_are_reused_for_the_same_images_alone(
         with pytest.raises(UserError, match=word):
             evaluate.main(fid_config(cifar, reference, **{"statistics": str(kept)} | options))
     kept.write_bytes(before[:1000])
-    with pytest.raises(UserError, match="not a complete safetensors"):
+    with pytest.raises(UserError, match=r"not a complete safetensors|damaged"):
         evaluate.main(config)
 
 
@@ -256,15 +276,14 @@ def test_kept_statistics_are_reused_for_the_same_images_alone(
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"rows": ("pupil",)}, "--rows is one of student, teacher, untrained; there is no 'pupil'"),
-        ({"rows": ("student",), "teacher": True}, "give one of them"),
+        ({"rows": ("pupil",)}, "--rows is one of untrained, teacher, student; there is no 'pupil'"),
         ({"steps": 0}, "--steps must be at least 1, not 0"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"samples": 1}, "--samples must be at least 2, not 1"),
         ({"seed_start": -1}, "--seed-start must be at least 0"),
         ({"seed": 5}, "--seed is not for cifar10"),
         ({"inception": "no.pth"}, "no.pth does not exist"),
-        ({"reference": "no.npz"}, "no.npz does not exist"),
+        ({"reference": "no.npz"}, "no.npz is not an .npz of plain arrays .*No such file"),
         ({"checkpoint": "no.pt"}, "no.pt does not exist"),
         ({"dataset": "mnist"}, "makes cifar10, not mnist"),
         ({"dataset": "cifar10", "checkpoint": str(MNIST_GENERATOR)}, "makes mnist, not cifar10"),
@@ -296,7 +315,7 @@ def test_text_to_image_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
     path = tmp_path / "unet.safetensors"
     write_tensors(path, {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, {})
     monkeypatch.setattr(teachers, "load_sd_generator", None)
-    for options in ({"checkpoint": str(path)}, {"dataset": "sd15", "teacher": True}):
+    for options in ({"checkpoint": str(path)}, {"dataset": "sd15", "rows": ("teacher",)}):
         with pytest.raises(UserError, match=r"COCO.*sample\.py.*clean-fid"):
             evaluate.main(evaluate.Config(device="cpu", **options))
 
