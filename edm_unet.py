@@ -217,7 +217,7 @@ class UNet(nn.Module):
         **variant,
     ):
         super().__init__()
-        if other := {k: v for k, v in variant.items() if VARIANT.get(k) != v}:
+        if other := {k: v for k, v in variant.items() if (k, v) not in VARIANT.items()}:
             raise UserError(
                 f"unknown architecture {other}: NCSN++ networks (EDM's '-ve' files) are not "
                 "supported; use the '-vp' file of the same dataset"
