@@ -6,18 +6,19 @@ Read it bottom up beside Karras et al. 2022 (arXiv 2206.00364, "EDM"):
     EDMDenoiser   mu(x_t, t, cond): the form in which DMD uses a teacher (T = 1000 noise levels)
     heun_sample   EDM Algorithm 1 (Algorithm 2 with S_churn = 0): the teacher's ODE solution
     EDMPrecond    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7 and Table 1
-    SongUNet      F, "DDPM++" of Song et al. 2021 (arXiv 2011.13456): MNIST and CIFAR-10
-    DhariwalUNet  F, "ADM" of Dhariwal and Nichol 2021 (arXiv 2105.05233): ImageNet-64
-    UNetBlock     the residual block that both are made of; Style, where the two differ
+    UNet          F, in two styles, both in EDM's variant:
+        DDPMPP    "DDPM++" of Song et al. 2021 (arXiv 2011.13456, appendix C): MNIST, CIFAR-10
+        ADM       of Dhariwal and Nichol 2021 (arXiv 2105.05233, section 3): ImageNet-64
+    UNetBlock     the residual block that they are made of
 
-Parameter names are those of EDM's released files (`model.enc.32x32_block0.conv0.weight`, ...), so
-released weights load strictly. Two things in those files have no counterpart here, because sampling
-never needs them: the augmentation embedding (`map_augment`) and the constant 2x2 box filters
-(`resample_filter`), which are an average pool and a pixel repetition.
+Parameter names are those of EDM's released files (`model.enc.32x32_block0.conv0.weight`, ...): they
+load strictly. Two things in them have no counterpart here: the augmentation embedding, which
+sampling never uses, and the constant 2x2 box filters, here an average pool and a pixel repetition.
 """
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -38,16 +39,17 @@ SIGMA_MAX = 80.0  # EDM's largest noise level, where sampling starts
 # Building blocks
 
 
-def positional_embedding(c_noise: Tensor, width: int, last_frequency_inclusive: bool) -> Tensor:
-    """Cosines, then sines, of c_noise (B,) at geometric frequencies from 1 to 1e-4 -> (B, width).
+def positional_embedding(c_noise: Tensor, width: int, ddpmpp: bool) -> Tensor:
+    """Sines and cosines of c_noise (B,) at geometric frequencies from 1 to 1e-4 -> (B, width).
 
-    DDPM++ reaches 1e-4 exactly at its last frequency, ADM stops one step short of it.
+    DDPM++ has the sines first and reaches 1e-4 at its last frequency; ADM has the cosines first and
+    stops one step short of it.
     """
     half = width // 2
     k = torch.arange(half, dtype=torch.float32, device=c_noise.device)
-    frequencies = 10000 ** (-k / (half - 1 if last_frequency_inclusive else half))
-    angles = c_noise.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    angles = c_noise.float()[:, None] * 10000 ** (-k / (half - 1 if ddpmpp else half))
+    sin, cos = angles.sin(), angles.cos()
+    return torch.cat([sin, cos] if ddpmpp else [cos, sin], dim=1)
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
@@ -56,8 +58,9 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 class Style(NamedTuple):
-    """Where the residual blocks of the two architectures differ."""
+    """Where the two architectures differ."""
 
+    ddpmpp: bool  # the embedding and the names are DDPM++'s, or ADM's; see UNet
     eps: float  # of the group norms
     adaptive_scale: bool  # the embedding scales and shifts the normalised features; or is added
     skip_scale: float  # after each residual sum; sqrt(1/2) keeps the variance
@@ -66,8 +69,8 @@ class Style(NamedTuple):
     attends_always: bool  # every decoder block at attn_resolutions; or the last of each
 
 
-DDPMPP = Style(1e-6, False, math.sqrt(0.5), True, head_channels=0, attends_always=False)
-ADM = Style(1e-5, True, 1.0, False, head_channels=64, attends_always=True)
+DDPMPP = Style(True, 1e-6, False, math.sqrt(0.5), True, head_channels=0, attends_always=False)
+ADM = Style(False, 1e-5, True, 1.0, False, head_channels=64, attends_always=True)
 
 
 class UNetBlock(nn.Module):
@@ -79,7 +82,7 @@ class UNetBlock(nn.Module):
         style: Style,
         c_in: int,
         c_out: int,
-        emb_channels: int,
+        c_emb: int,
         dropout: float,
         resample: str | None = None,
         attention: bool = False,
@@ -89,7 +92,7 @@ class UNetBlock(nn.Module):
         self.num_heads = c_out // (style.head_channels or c_out) if attention else 0
         self.norm0 = group_norm(c_in, style.eps)
         self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.affine = nn.Linear(emb_channels, 2 * c_out if style.adaptive_scale else c_out)
+        self.affine = nn.Linear(c_emb, 2 * c_out if style.adaptive_scale else c_out)
         self.norm1 = group_norm(c_out, style.eps)
         self.conv1 = nn.Conv2d(c_out, c_out, 3, padding=1)
         needs_conv = c_in != c_out or (resample and style.resample_skip_conv)
@@ -115,7 +118,7 @@ class UNetBlock(nn.Module):
         return self.proj(a.transpose(2, 3).reshape(b, c, h, w))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (B, c_in, H, W), emb (B, emb_channels) -> (B, c_out, H', W'), H' by the resampling."""
+        """x (B, c_in, H, W), emb (B, c_emb) -> (B, c_out, H', W'), H' by the resampling."""
         h = self.conv0(self._resample(F.silu(self.norm0(x))))
         embedded = self.affine(emb)[:, :, None, None]
         if self.style.adaptive_scale:
@@ -131,15 +134,7 @@ class UNetBlock(nn.Module):
 
 
 def build_unet(
-    style: Style,
-    img_resolution: int,
-    img_channels: int,
-    first_width: int,
-    widths: list[int],
-    num_blocks: int,
-    attn_resolutions: Sequence[int],
-    emb_channels: int,
-    dropout: float,
+    style: Style, R: int, stem: nn.Conv2d, widths: list, num_blocks: int, attn_resolutions, **how
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """The encoder and decoder tables of both networks, under EDM's names.
 
@@ -150,16 +145,12 @@ def build_unet(
 
     Every decoder `block` takes one encoder output (from the last to the first) beside its input.
     """
-    enc, dec = nn.ModuleDict(), nn.ModuleDict()
-
-    def block(c_in, c_out, **how):
-        return UNetBlock(style, c_in, c_out, emb_channels, dropout, **how)
-
-    c = first_width
-    enc[f"{img_resolution}x{img_resolution}_conv"] = nn.Conv2d(img_channels, c, 3, padding=1)
+    block = partial(UNetBlock, style, **how)
+    enc, dec = nn.ModuleDict({f"{R}x{R}_conv": stem}), nn.ModuleDict()
+    c = stem.out_channels
     skips = [c]
     for level, width in enumerate(widths):
-        r = img_resolution >> level
+        r = R >> level
         if level > 0:
             enc[f"{r}x{r}_down"] = block(c, c, resample="down")
             skips.append(c)
@@ -169,7 +160,7 @@ def build_unet(
             skips.append(c)
 
     for level, width in reversed(list(enumerate(widths))):
-        r = img_resolution >> level
+        r = R >> level
         if level == len(widths) - 1:
             dec[f"{r}x{r}_in0"] = block(c, c, attention=True)
             dec[f"{r}x{r}_in1"] = block(c, c)
@@ -180,21 +171,6 @@ def build_unet(
             dec[f"{r}x{r}_block{i}"] = block(c + skips.pop(), width, attention=attends)
             c = width
     return enc, dec
-
-
-def run_unet(enc: nn.ModuleDict, dec: nn.ModuleDict, x: Tensor, emb: Tensor) -> Tensor:
-    """Encoder, then decoder with skip connections; the head (`aux_*`) is left to the caller."""
-    skips = []
-    for module in enc.values():
-        x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
-        skips.append(x)
-    for name, module in dec.items():
-        if "_aux_" in name:
-            continue
-        if "_block" in name:
-            x = torch.cat([x, skips.pop()], dim=1)
-        x = module(x, emb)
-    return x
 
 
 def initialise(net: nn.Module, output_scale: float) -> None:
@@ -210,124 +186,109 @@ def initialise(net: nn.Module, output_scale: float) -> None:
                     module.weight.mul_(output_scale)
 
 
-# --------------------------------------------------------------------------------------------------
-# The two networks F(x; c_noise, labels)
-
-
-class SongUNet(nn.Module):
-    """DDPM++ (Song et al. 2021, appendix C), in EDM's variant: MNIST and CIFAR-10.
+class UNet(nn.Module):
+    """F(x; c_noise, labels), DDPM++ or ADM.
 
     Args:
+        style: DDPMPP or ADM.
         img_resolution, img_channels: of the images, (B, img_channels, R, R).
         label_dim: number of classes, 0 for an unconditional network.
         model_channels, channel_mult: level L has model_channels * channel_mult[L] channels.
-        channel_mult_emb, channel_mult_noise: widths of the embedding and of the noise encoding.
         num_blocks: residual blocks per resolution (one more in the decoder).
         attn_resolutions: resolutions with self-attention.
+        channel_mult_emb, channel_mult_noise: widths of the embedding and of the noise encoding.
         dropout: rate during training of the denoiser; DMD runs every network in eval mode.
-        augment_dim, embedding_type, encoder_type, decoder_type, resample_filter: recorded in EDM's
-            files. The first is ignored (see the module's docstring), the others must be DDPM++'s.
+        **variant: recorded in EDM's files, and must be as in VARIANT.
     """
 
     def __init__(
         self,
+        style: Style,
         img_resolution: int,
         img_channels: int,
-        label_dim: int = 0,
-        model_channels: int = 128,
-        channel_mult=(1, 2, 2, 2),
+        label_dim: int,
+        model_channels: int,
+        channel_mult: Sequence[int],
+        num_blocks: int,
+        attn_resolutions: Sequence[int],
         channel_mult_emb: int = 4,
         channel_mult_noise: int = 1,
-        num_blocks: int = 4,
-        attn_resolutions=(16,),
         dropout: float = 0.10,
-        augment_dim: int = 0,
-        embedding_type: str = "positional",
-        encoder_type: str = "standard",
-        decoder_type: str = "standard",
-        resample_filter=(1, 1),
+        **variant,
     ):
         super().__init__()
-        options = (embedding_type, encoder_type, decoder_type, list(resample_filter))
-        if options != ("positional", "standard", "standard", [1, 1]):
+        if other := {k: v for k, v in variant.items() if (k, v) not in VARIANT.items()}:
             raise UserError(
-                f"this SongUNet is not a DDPM++ {options}: NCSN++ networks (EDM's '-ve' files) are "
-                "not supported; use the '-vp' file of the same dataset"
+                f"unknown architecture {other}: NCSN++ networks (EDM's '-ve' files) are not "
+                "supported; use the '-vp' file of the same dataset"
             )
-        self.label_dim = label_dim
-        self.noise_channels = model_channels * channel_mult_noise
-        emb_channels = model_channels * channel_mult_emb
-        self.map_label = nn.Linear(label_dim, self.noise_channels) if label_dim else None
-        self.map_layer0 = nn.Linear(self.noise_channels, emb_channels)
-        self.map_layer1 = nn.Linear(emb_channels, emb_channels)
+        self.ddpmpp, self.label_dim = style.ddpmpp, label_dim
+        self.width, c_emb = model_channels * channel_mult_noise, model_channels * channel_mult_emb
+        if style.ddpmpp:  # (EDM's order of the parameters)
+            self.map_label = nn.Linear(label_dim, self.width) if label_dim else None
+        self.map_layer0 = nn.Linear(self.width, c_emb)
+        self.map_layer1 = nn.Linear(c_emb, c_emb)
+        if not style.ddpmpp:
+            self.map_label = nn.Linear(label_dim, c_emb, bias=False) if label_dim else None
 
         R, widths = img_resolution, [model_channels * m for m in channel_mult]
+        first = model_channels if style.ddpmpp else widths[0]
+        stem = nn.Conv2d(img_channels, first, 3, padding=1)
         self.enc, self.dec = build_unet(
-            *(DDPMPP, R, img_channels, model_channels, widths),
-            *(num_blocks, attn_resolutions, emb_channels, dropout),
+            style, R, stem, widths, num_blocks, attn_resolutions, c_emb=c_emb, dropout=dropout
         )
-        self.dec[f"{R}x{R}_aux_norm"] = group_norm(widths[0], DDPMPP.eps)
-        self.dec[f"{R}x{R}_aux_conv"] = nn.Conv2d(widths[0], img_channels, 3, padding=1)
-        initialise(self, output_scale=1e-5)
+        norm = group_norm(widths[0], style.eps)
+        conv = nn.Conv2d(widths[0], img_channels, 3, padding=1)
+        if style.ddpmpp:
+            self.dec[f"{R}x{R}_aux_norm"], self.dec[f"{R}x{R}_aux_conv"] = norm, conv
+        else:
+            self.out_norm, self.out_conv = norm, conv
+        initialise(self, output_scale=1e-5 if style.ddpmpp else 0.0)
+
+    def embed(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
+        """c_noise (B,), class_labels (B, label_dim) or None -> (B, c_emb). DDPM++ adds the class
+        to the encoded noise level, ADM to what two layers make of that."""
+        emb = positional_embedding(c_noise, self.width, self.ddpmpp)
+        if self.ddpmpp and self.label_dim:
+            emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if not self.ddpmpp and self.label_dim:
+            emb = emb + self.map_label(class_labels)
+        return F.silu(emb)
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
         """x (B, C, R, R), c_noise (B,), class_labels (B, label_dim) or None -> (B, C, R, R)."""
-        emb = positional_embedding(c_noise, self.noise_channels, last_frequency_inclusive=True)
-        emb = torch.cat(emb.chunk(2, dim=1)[::-1], dim=1)  # DDPM++ has the sines first
-        if self.map_label is not None:
-            emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
-        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-
-        x = run_unet(self.enc, self.dec, x, emb)
-        norm, conv = list(self.dec.values())[-2:]
+        emb, skips = self.embed(c_noise, class_labels), []
+        for module in self.enc.values():
+            x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
+            skips.append(x)
+        for name, module in self.dec.items():
+            if "_block" in name:
+                x = torch.cat([x, skips.pop()], dim=1)
+            if isinstance(module, UNetBlock):
+                x = module(x, emb)
+        norm, conv = list((self.dec if self.ddpmpp else self).children())[-2:]  # the head
         return conv(F.silu(norm(x)))
 
 
-class DhariwalUNet(nn.Module):
-    """ADM (Dhariwal and Nichol 2021, section 3), in EDM's variant: ImageNet-64. Args: as above."""
+# By the names that EDM's files have for them, with the values that these may leave out.
+NETWORKS = {
+    "SongUNet": (DDPMPP, dict(
+        model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16],
+    )),
+    "DhariwalUNet": (ADM, dict(
+        model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, attn_resolutions=[32, 16, 8],
+    )),
+}  # fmt: skip
 
-    def __init__(
-        self,
-        img_resolution: int,
-        img_channels: int,
-        label_dim: int = 0,
-        model_channels: int = 192,
-        channel_mult=(1, 2, 3, 4),
-        channel_mult_emb: int = 4,
-        num_blocks: int = 3,
-        attn_resolutions=(32, 16, 8),
-        dropout: float = 0.10,
-        augment_dim: int = 0,
-    ):
-        super().__init__()
-        self.model_channels = model_channels
-        emb_channels = model_channels * channel_mult_emb
-        self.map_layer0 = nn.Linear(model_channels, emb_channels)
-        self.map_layer1 = nn.Linear(emb_channels, emb_channels)
-        self.map_label = nn.Linear(label_dim, emb_channels, bias=False) if label_dim else None
-
-        widths = [model_channels * m for m in channel_mult]
-        self.enc, self.dec = build_unet(
-            *(ADM, img_resolution, img_channels, widths[0], widths),
-            *(num_blocks, attn_resolutions, emb_channels, dropout),
-        )
-        self.out_norm = group_norm(widths[0], ADM.eps)
-        self.out_conv = nn.Conv2d(widths[0], img_channels, 3, padding=1)
-        initialise(self, output_scale=0.0)
-
-    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
-        """x (B, C, R, R), c_noise (B,), class_labels (B, label_dim) or None -> (B, C, R, R)."""
-        emb = positional_embedding(c_noise, self.model_channels, last_frequency_inclusive=False)
-        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-        if self.map_label is not None:
-            emb = emb + self.map_label(class_labels)
-        emb = F.silu(emb)
-
-        x = run_unet(self.enc, self.dec, x, emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
-
-
-NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+# What else EDM's files record of a network: this must be so ...
+VARIANT = dict(
+    embedding_type="positional", encoder_type="standard", decoder_type="standard",
+    resample_filter=[1, 1],
+)  # fmt: skip
+# ... and this does not matter: precision is the caller's choice (torch.autocast), any sigma > 0 is
+# accepted, and sampling does not augment.
+IGNORED = ("use_fp16", "sigma_min", "sigma_max", "augment_dim")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -348,9 +309,7 @@ class EDMPrecond(nn.Module):
         img_resolution, img_channels, label_dim: images (B, C, R, R), number of classes or 0.
         model_type: "SongUNet" (DDPM++) or "DhariwalUNet" (ADM).
         sigma_data: standard deviation of the data, 0.5 in every EDM file.
-        use_fp16, sigma_min, sigma_max: recorded in EDM's files, ignored: precision is the caller's
-            choice (torch.autocast), and any sigma > 0 is accepted.
-        **network: further arguments of the network class.
+        **network: further arguments of UNet, and those in IGNORED.
     """
 
     def __init__(
@@ -360,9 +319,6 @@ class EDMPrecond(nn.Module):
         label_dim: int = 0,
         model_type: str = "DhariwalUNet",
         sigma_data: float = SIGMA_DATA,
-        use_fp16: bool = False,
-        sigma_min: float = 0.0,
-        sigma_max: float = math.inf,
         **network,
     ):
         super().__init__()
@@ -372,14 +328,13 @@ class EDMPrecond(nn.Module):
             raise UserError(f"sigma_data is {sigma_data!r} instead of a number above 0")
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.label_dim, self.sigma_data = label_dim, sigma_data
+        network = {name: value for name, value in network.items() if name not in IGNORED}
         self.kwargs = dict(  # to build this network again; goes into every file we write
             img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
             model_type=model_type, sigma_data=sigma_data, **network,
         )  # fmt: skip
-        try:
-            self.model = NETWORKS[model_type](img_resolution, img_channels, label_dim, **network)
-        except TypeError as error:
-            raise UserError(f"{model_type} cannot be built: {error}") from None
+        style, defaults = NETWORKS[model_type]
+        self.model = UNet(style, img_resolution, img_channels, label_dim, **(defaults | network))
 
     def one_hot(self, class_labels: Tensor | None, batch: int, device) -> Tensor | None:
         """Labels (B,) long, (B, label_dim) one-hot or None (no class: zeros) -> (B, label_dim)."""
@@ -388,7 +343,7 @@ class EDMPrecond(nn.Module):
         if class_labels is None:
             return torch.zeros(batch, self.label_dim, device=device)
         if class_labels.ndim == 1:
-            return F.one_hot(class_labels, self.label_dim).float()
+            class_labels = F.one_hot(class_labels, self.label_dim)
         return class_labels.float()
 
     def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None):
@@ -481,30 +436,19 @@ def load_edm_with_metadata(
 ) -> tuple[EDMPrecond, dict]:
     """load_edm, and what the file says beside the weights."""
     tensors, kwargs, metadata = read_edm_file(path)
-    with one_line_errors(Path(path)):
-        what = "it"
-        if kwargs is None:
-            kwargs = nearest_architecture(tensors, architectures)
-            size, classes = kwargs["img_resolution"], kwargs["label_dim"]
-            what = (
-                f"it fits no known network; beside the nearest, {kwargs['model_type']} for "
-                f"{size}x{size} images with {classes} classes, it"
-            )
-        with torch.device("meta"):  # initialising millions of numbers would be in vain
-            net = EDMPrecond(**kwargs)
-        load_strictly(net.to_empty(device="cpu"), tensors, what)
-    return net.eval().requires_grad_(False), metadata
-
-
-def nearest_architecture(tensors: dict[str, Tensor], architectures: Sequence[dict]) -> dict:
-    """The architecture that differs in the fewest names and shapes."""
-    if not architectures:
-        raise UserError("it does not say which network it is of; use the file of a run")
     found = {(name, value.shape) for name, value in tensors.items()}
 
-    def differences(kwargs: dict) -> int:
-        with torch.device("meta"):
-            state = EDMPrecond(**kwargs).state_dict()
-        return len(found ^ {(name, value.shape) for name, value in state.items()})
+    def differences(net: EDMPrecond) -> int:
+        return len(found ^ {(name, value.shape) for name, value in net.state_dict().items()})
 
-    return min(architectures, key=differences)
+    with one_line_errors(Path(path)):
+        with torch.device("meta"):  # initialising millions of numbers would be in vain
+            nets = [EDMPrecond(**each) for each in ([kwargs] if kwargs else architectures)]
+        if not nets:
+            raise UserError("it does not say which network it is of; use the file of a run")
+        net = min(nets, key=differences)
+        size, classes = net.img_resolution, net.label_dim
+        nearest = f"beside the nearest, for {size}x{size} images with {classes} classes, it"
+        what = "it" if kwargs else f"it fits no known network; {nearest}"
+        load_strictly(net.to_empty(device="cpu"), tensors, what)
+    return net.eval().requires_grad_(False), metadata

@@ -2,19 +2,16 @@
 
 Four formats are told apart by their first bytes: NVIDIA's released `.pkl` files, torch.save's two
 (zip, and the older one), and safetensors. All but the last are pickles, and a pickle is a program:
-it names functions and calls them, so reading one from the network with pickle.load hands over the
-machine. NVIDIA's files go further and carry the Python source of their networks, which NVIDIA's
-own reader executes. None of that is needed for a table of numbers. Here
+it names functions and calls them. NVIDIA's even carry the source of their networks, to be executed.
+None of that is needed for a table of numbers. Here
 
     stand_ins   is the table of names that such a pickle may use, with harmless things of our own
                 in their places; no other name is resolved
     rebuild     gives the second pickle, which hides in every tensor's bytes, to torch.load with
-                weights_only=True, which works by the same rule, and checks that the tensor lies
-                inside those bytes
+                weights_only=True (as torch.save's files), and checks the tensor's bounds
 
-torch.save's files are read with weights_only=True, too. Names and shapes are compared with a
-network where one is built (edm_unet.load_edm). A file made to fill the memory, or to keep Python
-busy, is not defended against; it can do no more than that.
+Names and shapes are compared where a network is built (edm_unet.load_edm). A file made to fill the
+memory, or to keep Python busy, is not defended against; it can do no more than that.
 """
 
 import io
@@ -23,12 +20,12 @@ import pickle
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from plumbing.files import is_web_page, one_line, one_line_errors, read_tensors, torch_load
+from plumbing.files import one_line_errors, read_tensors, torch_load
 from plumbing.options import UserError
 
 # The generator of github.com/devrimcavusoglu/dmd was trained one step below sigma = 80, at
@@ -39,20 +36,16 @@ MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # opens torch.save's olde
 
 
 def read_edm_file(path: str | Path) -> tuple[dict[str, Tensor], dict | None, dict[str, Any]]:
-    """The weights in a file of any of the formats. Understood are
-
-        NVIDIA's pickles: the `ema` network of a snapshot, or a network that is the whole pickle
-        this repository's own files
-        state dicts, bare or in wrappers, such as DMD2's ImageNet-64 pytorch_model.bin
-        checkpoints with the generator under "model_g", such as github.com/devrimcavusoglu/dmd's
+    """The weights in NVIDIA's pickles (the `ema` network of a snapshot, or a network alone), in
+    this repository's files, in state dicts, bare or in wrappers, and in checkpoints with the
+    generator under "model_g", such as github.com/devrimcavusoglu/dmd's.
 
     Returns:
         tensors: under the names of EDMPrecond's state dict. Of any floating type; the file may
             still be mapped to them, so copy them.
         kwargs: EDMPrecond's arguments, None if the file does not tell.
-        metadata: of a file of ours, what was written with it. Of a "model_g" checkpoint,
-            {"role": "generator", "sigma": 79.56}: its one step starts at sigma * z and runs the
-            network at sigma, not at 80. Else {}.
+        metadata: what a file of ours was written with. Of a "model_g" checkpoint, {"role":
+            "generator", "sigma": 79.56}: its one step takes sigma * z, at sigma, not 80. Else {}.
     """
     path = Path(path)
     kwargs, metadata = None, {}
@@ -62,14 +55,13 @@ def read_edm_file(path: str | Path) -> tuple[dict[str, Tensor], dict | None, dic
             stored, kwargs = read_edm_pickle(path)
         elif kind == "safetensors":
             stored, metadata = read_tensors(path)
-            if "kwargs" in metadata:
-                kwargs = dict(json.loads(metadata["kwargs"]))
+            kwargs = json.loads(metadata.get("kwargs", "null"))
         else:
             stored = torch_load(path)
-            if isinstance(stored, dict) and "model_g" in stored:
+            if "model_g" in stored:
                 stored = stored["model_g"]
                 metadata = {"role": "generator", "sigma": MODEL_G_SIGMA}
-        return sampling_tensors(bare_names(stored)), kwargs, metadata
+        return sampling_tensors(stored), kwargs, metadata
 
 
 def file_format(path: Path) -> str:
@@ -84,15 +76,52 @@ def file_format(path: Path) -> str:
             return "safetensors"
         if head.startswith(b"\x80"):
             return "pickle"
-        if not head:
-            raise UserError("it is empty; get it again")
-        if is_web_page(head):
+        if head.lstrip().startswith(b"<"):
             raise UserError("it is a web page, not weights; open its address in a browser")
-        raise UserError("it is neither an EDM pickle nor a file of torch.save nor safetensors")
+        raise UserError(
+            "it is neither an EDM pickle nor a file of torch.save nor safetensors: "
+            f"it begins with {head[:9]!r}"
+        )
+
+
+def sampling_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict under EDMPrecond's names: without what wrappers put before them (DDP's
+    `module.`; DMD2's `feedforward_model.`, beside which other networks may be saved), and without
+    what sampling never uses: `map_augment`, and the `resample_filter`s, which must be 2x2 boxes."""
+    for wrapper in ("module.", "feedforward_model.", "module."):
+        inside = {k.removeprefix(wrapper): v for k, v in stored.items() if k.startswith(wrapper)}
+        stored = inside or stored
+    tensors = {}
+    for name, value in stored.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise UserError(f"it holds something else than a tensor of weights under {name!r}")
+        if name.endswith(".resample_filter"):
+            if tuple(value.shape) != (1, 1, 2, 2) or not (value == 0.25).all():
+                raise UserError(
+                    f"{name} is not a 2x2 box: NCSN++ networks (EDM's '-ve' files) are not "
+                    "supported; use the '-vp' file of the same dataset"
+                )
+        elif not name.startswith("model.map_augment."):
+            tensors[name] = value
+    return tensors
 
 
 # --------------------------------------------------------------------------------------------------
 # NVIDIA's pickles
+
+
+def read_edm_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """One of NVIDIA's `.pkl` files -> all its tensors, and EDMPrecond's arguments as recorded."""
+    with open(path, "rb") as file:
+        network = SafeUnpickler(file).load()
+    if isinstance(network, dict):
+        network = network.get("ema")
+    kind = getattr(network, "class_name", None)
+    if kind != "EDMPrecond":
+        raise UserError(f"its network ('ema') is {kind!r}; only EDMPrecond is supported")
+    state, names = network.state, ("img_resolution", "img_channels", "label_dim", "sigma_data")
+    kwargs = state["_init_kwargs"] | {name: state[name] for name in names if name in state}
+    return dict(named_tensors(network)), kwargs
 
 
 class SafeUnpickler(pickle.Unpickler):
@@ -105,44 +134,18 @@ class SafeUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a name; called wherever a pickle asks for one."""
         if (module, name) not in self.names:
-            named = one_line(f"{module}.{name}", 80)
-            raise UserError(f"it names {named}, which no EDM file needs; nothing was run")
+            raise UserError(f"it names {module}.{name}, which no EDM file needs; nothing was run")
         return self.names[module, name]
-
-    def persistent_load(self, identity: Any) -> Any:
-        """Things kept outside of the pickle: EDM's files have none."""
-        raise UserError("it refers to something outside of it; no EDM file does")
 
 
 class Pickled:
-    """What is kept of a module: the name of its class and its attributes."""
+    """What is kept of a module (or a numpy.dtype): the name of its class, and its attributes."""
 
-    class_name, state = "ModuleDict", None
+    def __init__(self, class_name: str, state: Any = None):
+        self.class_name, self.state = class_name, state
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: Any) -> None:
         self.state = state
-
-
-class Float64:
-    """numpy.dtype("<f8"), the only one that EDM's files have."""
-
-    def __init__(self, code: str, *_):
-        if code != "f8":
-            raise UserError(f"it holds a numpy number of type {code!r}; EDM's files have only f8")
-
-    def __setstate__(self, state: tuple) -> None:
-        if state[1] != "<":
-            raise UserError("it holds big-endian numbers; EDM's files have none")
-
-
-class StoredTensor(NamedTuple):
-    """What torch._utils._rebuild_tensor_v2 is called with. It is checked by `rebuild`, when the
-    whole pickle has been read and nothing in it can change it any more."""
-
-    blob: bytes
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
 
 
 def stand_ins() -> dict[tuple[str, str], Any]:
@@ -151,23 +154,23 @@ def stand_ins() -> dict[tuple[str, str], Any]:
     The functions are made anew for each file, because a pickle may set attributes of them.
     """
 
-    def persistent(meta: dict) -> Pickled:
-        kept = Pickled()  # without meta["module_src"], the source of its class
-        kept.class_name, kept.state = meta["class_name"], meta["state"]
-        return kept
-
-    def scalar(dtype: Float64, data: bytes) -> float:
+    def scalar(dtype: Pickled, data: bytes) -> float:
+        if dtype.class_name != "f8" or dtype.state[1] != "<":
+            raise UserError("it holds a numpy number that is not float64, as all of EDM's are")
         return struct.unpack("<d", data)[0]
 
     return {
-        ("torch_utils.persistence", "_reconstruct_persistent_obj"): persistent,
+        # Without "module_src", the source of the class.
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"): (
+            lambda meta: Pickled(meta["class_name"], meta["state"])
+        ),
         ("torch.nn.modules.container", "ModuleDict"): Pickled,
         ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-        ("torch._utils", "_rebuild_tensor_v2"): lambda *call: StoredTensor(*call[:4]),
+        ("torch._utils", "_rebuild_tensor_v2"): lambda *call: call[:4],  # for `rebuild`
         ("torch.storage", "_load_from_bytes"): lambda blob: blob,
         ("numpy.core.multiarray", "scalar"): scalar,
         ("numpy._core.multiarray", "scalar"): scalar,
-        ("numpy", "dtype"): Float64,
+        ("numpy", "dtype"): lambda code, *_: Pickled(code),
         ("collections", "OrderedDict"): dict,
         ("dnnlib.util", "EasyDict"): dict,
         ("builtins", "set"): set,
@@ -176,94 +179,29 @@ def stand_ins() -> dict[tuple[str, str], Any]:
     }
 
 
-def rebuild(stored: StoredTensor) -> Tensor:
-    """The tensor, if it lies inside its bytes; torch's own function does not check."""
-    blob, offset, shape, stride = stored
-    # In torch.save's older format: a header, the number of values as int64, the values. Its reader
-    # tells their type; they are taken from the blob, as it would give uninitialised ones, too.
-    storage = torch_load(io.BytesIO(blob)) if MAGIC in blob[:16] else None
-    if not isinstance(storage, torch.storage.TypedStorage):
-        raise UserError("it holds something else in the place of a tensor's numbers")
-    nbytes = storage._untyped_storage.nbytes()  # public names warn that typed ones will go
-    count, start = nbytes // storage.dtype.itemsize, len(blob) - nbytes
-    if start < 8 or blob[start - 8 : start] != struct.pack("<q", count):
-        raise UserError(f"it claims {count} numbers in a tensor of {len(blob)} bytes")
-    if not all(type(number) is int for number in (offset, *shape, *stride)):
-        raise UserError("it describes a tensor by something else than numbers")
-    last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    if min(offset, *shape, *stride, 0) < 0 or 0 in shape or last >= count:
-        raise UserError(f"it has a tensor {tuple(shape)} that reaches beyond its {count} numbers")
-    values = torch.frombuffer(bytearray(memoryview(blob)[start:]), dtype=storage.dtype)
-    return values.as_strided(shape, stride, offset)
-
-
-def read_edm_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One of NVIDIA's `.pkl` files -> all its tensors, and EDMPrecond's arguments as recorded."""
-    with open(path, "rb") as file:
-        root = SafeUnpickler(file).load()
-    if isinstance(root, dict):
-        root = root.get("ema")
-    if not isinstance(root, Pickled):
-        raise UserError("it is a pickle without a network under 'ema'")
-    if root.class_name != "EDMPrecond":
-        raise UserError(f"its network is a {root.class_name!r}, only EDMPrecond is supported")
-    kwargs = dict(root.state["_init_kwargs"])
-    for name in ("img_resolution", "img_channels", "label_dim", "sigma_data"):
-        if name in root.state:
-            kwargs[name] = root.state[name]
-    kwargs.pop("label_dropout", None)  # acts in training only
-    stored = dict(named_tensors(root, ""))
-    tensors = {k: rebuild(v) if isinstance(v, StoredTensor) else v for k, v in stored.items()}
-    return tensors, kwargs
-
-
-def named_tensors(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def named_tensors(module: Pickled, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of a tree of pickled modules, with their full names."""
-    if not isinstance(module, Pickled):
-        raise UserError(f"it holds something else in the place of the module {prefix[:-1]!r}")
     for kind in ("_parameters", "_buffers"):
-        for name, value in module.state[kind].items():
-            if value is not None:
-                yield prefix + name, value
+        for name, stored in module.state[kind].items():
+            if stored is not None:
+                yield prefix + name, rebuild(*stored)
     for name, child in module.state["_modules"].items():
         if child is not None:
             yield from named_tensors(child, f"{prefix}{name}.")
 
 
-# --------------------------------------------------------------------------------------------------
-# Names
-
-
-def bare_names(stored: Any) -> dict[str, Tensor]:
-    """Remove what wrappers put before the names: DDP's `module.`, DMD2's `feedforward_model.`,
-    beside which DMD2 may have saved its other networks; these are left out."""
-    if not isinstance(stored, dict) or not stored or not all(isinstance(k, str) for k in stored):
-        raise UserError("it holds no state dict (a dict of names and tensors)")
-    for wrapper in ("module.", "feedforward_model.", "module."):
-        inside = {
-            name.removeprefix(wrapper): value
-            for name, value in stored.items()
-            if name.startswith(wrapper)
-        }
-        stored = inside or stored
-    for name, value in stored.items():
-        plain = isinstance(value, Tensor) and value.layout == torch.strided
-        if not plain or not value.dtype.is_floating_point:
-            raise UserError(f"it holds something else than a tensor under {name!r}")
-    return stored
-
-
-def sampling_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what EDM's files hold and EDMPrecond does not: `map_augment`, which sampling never
-    uses, and the `resample_filter` buffers, which must be the 2x2 box."""
-    tensors = {}
-    for name, value in stored.items():
-        if name.endswith(".resample_filter"):
-            if tuple(value.shape) != (1, 1, 2, 2) or not (value == 0.25).all():
-                raise UserError(
-                    f"{name} is not the 2x2 box filter: NCSN++ networks (EDM's files named '-ve') "
-                    "are not supported; use the '-vp' file of the same dataset"
-                )
-        elif not name.startswith("model.map_augment."):
-            tensors[name] = value
-    return tensors
+def rebuild(blob: bytes, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """The tensor, if it lies inside its bytes; torch's own function does not check. Done when the
+    whole pickle has been read, and nothing in it can change the tensor any more."""
+    storage = torch_load(io.BytesIO(blob))
+    # The blob ends with the number of values, as int64, and the values. They are taken from there:
+    # torch.load tells their type, but a file can make it leave the values uninitialised.
+    nbytes = storage._untyped_storage.nbytes()  # public names warn that typed ones will go
+    count = nbytes // storage.dtype.itemsize
+    if blob[-nbytes - 8 : -nbytes] != struct.pack("<q", count):
+        raise UserError(f"it claims {count} numbers in a tensor of {len(blob)} bytes")
+    values = torch.frombuffer(bytearray(blob[-nbytes:]), dtype=storage.dtype)
+    last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if min(offset, *shape, *stride, 0) < 0 or 0 in shape or last >= count:
+        raise UserError(f"it has a tensor {tuple(shape)} that reaches beyond its {count} numbers")
+    return values.as_strided(shape, stride, offset)

@@ -5,16 +5,15 @@ import csv
 import hashlib
 import io
 import json
-import math
 import os
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
@@ -67,11 +66,10 @@ def write_json(path: Path, value) -> None:
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Write rows (all with the keys of the first) as a CSV file atomically."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict, **others: str) -> None:
@@ -87,9 +85,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict, **othe
 
 def write_figure(path: Path, figure) -> None:
     """Write a matplotlib figure as PNG, atomically."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_bytes(path, buffer.getvalue())
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -104,19 +101,14 @@ def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int
         scale: whole-number magnification, for small images.
         gap: pixels between the images.
     """
-    batch, channels, height, width = images.shape
-    rows = math.ceil(batch / columns)
-    pixels = to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).numpy()
-    shape = (gap + rows * (height + gap), gap + columns * (width + gap), channels)
-    canvas = np.full(shape, 200, np.uint8)
-    for i, image in enumerate(pixels):
-        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = image
-    picture = Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
+    from torchvision.utils import make_grid  # slow to import
+
+    grid = make_grid(to_uint8(images.detach().cpu()), columns, gap, pad_value=200)
+    grid = grid[: images.shape[1]]  # of one channel it makes three
+    picture = Image.fromarray(grid.permute(1, 2, 0).squeeze(2).numpy())
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,14 +126,11 @@ def holds_files(folder: Path, but: str = "") -> bool:
 def read_json(path: Path) -> dict:
     """Read a JSON file that holds an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); delete it and rerun") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not what this project writes; delete it and rerun")
-    return value
 
 
 # What reading a damaged or hostile file can end in, apart from UserError.
@@ -161,11 +150,11 @@ def one_line_errors(path: Path) -> Iterator[None]:
     except UserError as error:
         named = str(error).startswith(str(path))
         raise UserError(one_line(error if named else f"{path} is refused: {error}")) from error
+    except SafetensorError as error:
+        raise UserError(one_line(f"{path} is not a complete safetensors file ({error})")) from error
     except (*DAMAGE, OSError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            one_line(f"{path} is damaged or not a file of weights; get it again ({reason})")
-        ) from error
+        text = f"{path} is damaged or not a file of weights; get it again"
+        raise UserError(one_line(f"{text} ({type(error).__name__}: {error})")) from error
 
 
 def one_line(text: object, limit: int = 500) -> str:
@@ -175,52 +164,29 @@ def one_line(text: object, limit: int = 500) -> str:
     return line if len(line) <= limit else line[:limit] + " ..."
 
 
-def is_web_page(head: bytes) -> bool:
-    """Whether a file that begins like this is HTML or XML, e.g. a server's error message."""
-    head = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    return head.startswith((b"<!doctype", b"<html", b"<?xml"))
-
-
 def torch_load(source: Path | io.BytesIO) -> Any:
-    """torch.load of tensors and plain containers only; maps a file where its format allows."""
-    mmap = False
-    if isinstance(source, Path):
-        with open(source, "rb") as file:
-            mmap = file.read(2) == b"PK"  # what is never asked for is then never read
+    """torch.load of tensors and plain containers only; maps a file where its format allows, so
+    that what is never asked for is never read."""
+    mmap = isinstance(source, Path) and zipfile.is_zipfile(source)
     try:
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError as error:  # whose advice is to trust the file
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named is None:
             raise
-        raise UserError(
-            f"it names {one_line(named[1], 80)}, which no state dict needs; nothing was run"
-        ) from error
-
-
-@contextlib.contextmanager
-def open_tensors(path: Path) -> Iterator:
-    """safe_open, with its errors as UserErrors."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a complete safetensors file ({error}); delete it and make it again"
-        ) from None
+        text = f"it names {named[1]}, which no state dict needs; nothing was run"
+        raise UserError(text) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Read a safetensors file -> tensors, and our metadata ({} in other people's files)."""
-    with open_tensors(path) as file:
+    with one_line_errors(path), safe_open(str(path), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, read_metadata(file)
 
 
 def read_header(path: Path) -> tuple[list[str], dict]:
     """The tensors' names and our metadata of a safetensors file, without its numbers."""
-    with open_tensors(path) as file:
+    with one_line_errors(path), safe_open(str(path), framework="pt") as file:
         return list(file.keys()), read_metadata(file)
 
 
@@ -240,21 +206,18 @@ def load_strictly(
     """
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
+    other = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
     problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "surplus": sorted(found.keys() - expected.keys()),
-        "misshapen": [
-            f"{name} {found[name]} instead of {expected[name]}"
-            for name in sorted(expected.keys() & found.keys())
-            if expected[name] != found[name]
-        ],
+        "missing": expected.keys() - found.keys(),
+        "surplus": found.keys() - expected.keys(),
+        "misshapen": [f"{name} {found[name]} instead of {expected[name]}" for name in other],
     }
-    if any(problems.values()):
-        parts = [
-            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for kind, names in problems.items()
-            if names
-        ]
+    parts = [
+        f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in problems.items()
+        if names
+    ]
+    if parts:
         raise UserError(f"{path} holds another architecture: {'; '.join(parts)}")
     module.load_state_dict(tensors, strict=True, assign=assign)
 

@@ -282,11 +282,13 @@ def test_unsupported_networks(tiny, pkl):
     network = edm_network(tiny)
     state_at(network, "model.enc.4x4_down.conv0")["_buffers"]["resample_filter"][0, 0, 0, 0] = 0.3
     refused(pkl({"ema": network}), "model.enc.4x4_down.conv0.resample_filter", "NCSN++")
-    refused(pkl({"G": 1}), "without a network under 'ema'")
+    refused(pkl({"G": 1}), "its network ('ema') is None")
     refused(pkl({"ema": edm_network(tiny, num_bloks=3)}), "num_bloks")
     for sigma_data in ("0.5", None, [0.5], -0.5, 0, math.nan, math.inf):
         refused(pkl({"ema": edm_network(tiny, sigma_data=sigma_data)}), "sigma_data is")
     refused(pkl({"ema": edm_network(tiny, img_resolution="8")}), "")
+    for number in (np.float32(0.5), np.int64(8)):
+        refused(pkl({"ema": edm_network(tiny, channel_mult_emb=number)}), "not float64")
     refused(pkl({"ema": edm_network(tiny, model_type="VGG")}), "unknown model_type 'VGG'")
 
 
@@ -398,31 +400,31 @@ def test_a_blob_without_lies_is_read(tiny, pkl):
     refused(pkl(with_tensor(tiny, tensor(blob()))), MISSHAPEN)
     refused(pkl(with_tensor(tiny, tensor(blob(), 0, (2, 3), (1, 2)))), MISSHAPEN)
     refused(pkl(with_tensor(tiny, tensor(blob(), 0, (2, 3), (1, 1)))), MISSHAPEN)  # overlapping
-    stored = edm_files.StoredTensor(blob().call[1][0], 1, (2, 2), (1, 3))
-    assert edm_files.rebuild(stored).tolist() == [[1, 4], [2, 5]]
-    assert edm_files.rebuild(stored._replace(shape=(), stride=())).item() == 1
+    data = blob().call[1][0]
+    assert edm_files.rebuild(data, 1, (2, 2), (1, 3)).tolist() == [[1, 4], [2, 5]]
+    assert edm_files.rebuild(data, 1, (), ()).item() == 1
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "word"),
     [
-        (1, (2, 3), (3, 1)),
-        (0, (2, 4), (3, 1)),
-        (0, (2, 3), (4, 1)),
-        (-1, (2, 3), (3, 1)),
-        (6, (), ()),
-        (0, (2, 3), (-1, 1)),
-        (0, (0, 3), (3, 1)),
-        (0, (1 << 62, 1 << 62), (1 << 62, 1)),
-        (0, (2, 3), (3,)),
-        (0, (2.0, 3), (3, 1)),
-        (None, (2, 3), (3, 1)),
+        ((1, (2, 3), (3, 1)), "reaches beyond"),
+        ((0, (2, 4), (3, 1)), "reaches beyond"),
+        ((0, (2, 3), (4, 1)), "reaches beyond"),
+        ((-1, (2, 3), (3, 1)), "reaches beyond"),
+        ((6, (), ()), "reaches beyond"),
+        ((0, (2, 3), (-1, 1)), "reaches beyond"),
+        ((0, (0, 3), (3, 1)), "reaches beyond"),
+        ((0, (1 << 62, 1 << 62), (1 << 62, 1)), "reaches beyond"),
+        ((0, (2, 3), (3,)), "zip()"),
+        ((0, (2.0, 3), (3, 1)), "TypeError"),
+        ((0.0, (2, 3), (3, 1)), "TypeError"),
+        ((math.nan, (2, 3), (3, 1)), "TypeError"),
+        ((None, (2, 3), (3, 1)), "TypeError"),
     ],
 )
-def test_a_tensor_must_lie_inside_its_storage(tiny, pkl, arguments):
-    path = pkl(with_tensor(tiny, tensor(blob(), *arguments)))
-    with pytest.raises(UserError, match=r"reaches beyond|else than numbers|zip\(\)"):
-        load_edm(path)
+def test_a_tensor_must_lie_inside_its_storage(tiny, pkl, arguments, word):
+    refused(pkl(with_tensor(tiny, tensor(blob(), *arguments))), word)
 
 
 FLOATS = torch.FloatStorage
@@ -473,7 +475,7 @@ def test_a_second_pickle_in_a_tensors_bytes(tiny, pkl, marker):
         file = io.BytesIO()
         torch.save(evil, file, _use_new_zipfile_serialization=not legacy)
         bad = Call(torch.storage._load_from_bytes, file.getvalue())
-        refused(pkl(with_tensor(tiny, tensor(bad))), "system" if legacy else "something else")
+        refused(pkl(with_tensor(tiny, tensor(bad))), "posix.system", "nothing was run")
     bad = blob(header=("storage", evil, "0", "cpu", 6, None))
     refused(pkl(with_tensor(tiny, tensor(bad))), "posix.system", "nothing was run")
     bad = blob(keys=(evil,))
@@ -482,12 +484,15 @@ def test_a_second_pickle_in_a_tensors_bytes(tiny, pkl, marker):
 
 def test_other_things_in_the_place_of_a_tensor(tiny, pkl):
     for thing in ("text", 1.5, {}, [1, 2], blob(), Persistent("Linear", {})):
-        refused(pkl(with_tensor(tiny, thing)), "something else than a tensor under")
-    saved = io.BytesIO()
-    torch.save(torch.ones(2, 3), saved, _use_new_zipfile_serialization=False)
-    for thing in ("text", 3, b"text", Call(torch.storage._load_from_bytes, saved.getvalue())):
-        refused(pkl(with_tensor(tiny, tensor(thing))))
-    refused(pkl(with_tensor(tiny, Call(torch.storage._load_from_bytes, "text"))))
+        refused(pkl(with_tensor(tiny, thing)), "damaged")
+    things = ["text", 3, b"text"]
+    for legacy in (False, True):
+        saved = io.BytesIO()
+        torch.save(torch.ones(2, 3), saved, _use_new_zipfile_serialization=not legacy)
+        things.append(Call(torch.storage._load_from_bytes, saved.getvalue()))
+    for thing in things:
+        refused(pkl(with_tensor(tiny, tensor(thing))), "damaged")
+    refused(pkl(with_tensor(tiny, Call(torch.storage._load_from_bytes, "text"))), "damaged")
 
 
 @pytest.mark.parametrize(
@@ -507,7 +512,7 @@ def test_what_was_read_cannot_be_changed(tiny, pkl, state):
 @pytest.mark.parametrize("protocol", [0, 2])
 def test_persistent_ids_are_refused(pkl, protocol):
     at = {0: b"Pname\n", 2: b"\x8c\x04nameQ"}[protocol]
-    refused(pkl(b"\x80\x04" + at + b"."), "refers to something outside")
+    refused(pkl(b"\x80\x04" + at + b"."), "no persistent_load function")
 
 
 def test_modules_that_are_no_tree(tiny, pkl):
@@ -518,7 +523,7 @@ def test_modules_that_are_no_tree(tiny, pkl):
     refused(pkl({"ema": network}), "RecursionError")
     network = edm_network(tiny)
     network.meta["state"]["_modules"]["more"] = "text"
-    refused(pkl({"ema": network}), "in the place of the module 'more'")
+    refused(pkl({"ema": network}), "damaged")
 
 
 def test_no_file_leaves_a_mark_on_the_next(tiny, pkl):
@@ -560,14 +565,14 @@ def test_flipped_bytes_never_escape_as_another_error(tiny, pkl):
 @pytest.mark.parametrize(
     ("data", "word"),
     [
-        (b"", "empty"),
+        (b"", "neither"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
         (b"\n<HTML>", "web page"),
         (b"PK\x03\x04 no zip", "damaged"),
         (b"\x50\x00\x00\x00\x00\x00\x00\x00{" + b" " * 30, "safetensors"),
         (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "damaged"),
         (bytes(100), "neither"),
-        (b"\x80\x04N.", "without a network"),
+        (b"\x80\x04N.", "its network ('ema') is None"),
     ],
 )
 def test_files_of_other_kinds(pkl, data, word):
@@ -683,7 +688,7 @@ def test_state_dicts_that_fit_nothing(tiny, tmp_path):
     state["model.extra"] = state.pop("model.map_layer1.bias")
     refused(
         save(tmp_path / "model.pt", state),
-        "beside the nearest, SongUNet for 8x8 images with 4 classes",
+        "fits no known network; beside the nearest, for 8x8 images with 4 classes",
         "1 missing (model.map_layer1.bias)",
         "1 surplus (model.extra)",
         "1 misshapen (model.map_layer0.bias (3,) instead of (64,))",
@@ -691,8 +696,10 @@ def test_state_dicts_that_fit_nothing(tiny, tmp_path):
     state = released_state(tiny)
     state["model.enc.4x4_down.conv0.resample_filter"] = torch.ones(1, 1, 4, 4)
     refused(save(tmp_path / "model.pt", state), "NCSN++", "'-vp' file")
-    for other in ([1, 2], {}, {"weights": 3}, {1: torch.ones(1)}, torch.ones(3)):
-        refused(save(tmp_path / "model.pt", other), "holds")
+    for other in ([1, 2], {1: torch.ones(1)}, torch.ones(3)):
+        refused(save(tmp_path / "model.pt", other), "not a file of weights")
+    refused(save(tmp_path / "model.pt", {"weights": 3}), "something else than a tensor")
+    refused(save(tmp_path / "model.pt", {}), "missing")
     with pytest.raises(UserError, match="does not say which network"):
         load_edm(save(tmp_path / "model.pt", released_state(tiny)))
     ints = {name: value.long() for name, value in tiny.state_dict().items()}
