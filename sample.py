@@ -13,7 +13,6 @@ both with the teacher and with the student. The last line it prints:
     wrote samples.png: 100 images of mnist from runs/mnist/generator.safetensors (step 900)
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,15 +99,19 @@ def main(config: Config) -> None:
             x = solve(z[rows], encode(None if cond is None else cond[rows]))
             return decode(x).cpu()  # .cpu() waits for the GPU
 
-    solvers, size = [G], config.batch_size or (4 if latent else 100)
+    size = config.batch_size or (4 if latent else 100)
+    batches = [slice(start, start + size) for start in range(0, len(seeds), size)]
+    solvers, bands, times = [G], [], []
     if config.teacher:
         if config.teacher_weights is None:
             check_teaches(teacher, metadata, path)
         solvers = [partial(teacher.solve, steps=workload.solver_steps), G]
         for solve in (partial(teacher.solve, steps=2), G):  # what is done once only is not timed
-            draw(solve, slice(size))
-    drawn = [draw_all(partial(draw, solve), len(seeds), size) for solve in solvers]
-    bands, times = zip(*drawn, strict=True)
+            draw(solve, batches[0])
+    for solve in solvers:
+        clock = time.perf_counter()
+        bands.append(torch.cat([draw(solve, rows) for rows in batches]))
+        times.append((time.perf_counter() - clock) * 1000 / len(seeds))
     if config.teacher:
         print(
             f"teacher, {teacher.evaluations(workload.solver_steps)} evaluations: "
@@ -121,16 +124,6 @@ def main(config: Config) -> None:
         f"(step {metadata.get('step', '?')})"
         + (", teacher above student" if config.teacher else "")
     )
-
-
-def draw_all(draw: Callable, count: int, size: int) -> tuple[Tensor, float]:
-    """All images, drawn in batches, and milliseconds per image (median over the batches)."""
-    images, times = [], []
-    for start in range(0, count, size):
-        clock = time.perf_counter()
-        images.append(draw(slice(start, start + size)))
-        times.append((time.perf_counter() - clock) / len(images[-1]) * 1000)
-    return torch.cat(images), statistics.median(times)
 
 
 def parse_numbers(text: str, name: str) -> list[int]:
