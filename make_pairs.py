@@ -93,9 +93,7 @@ def make_shard(
         bar.update(len(solutions[-1]))
     y = torch.cat(solutions)
     if not y.isfinite().all():
-        raise UserError(
-            f"the teacher gave NaN or infinity for pairs from {indices[0]} on; check it"
-        )
+        raise UserError(f"the teacher gave NaN or infinity from pair {indices[0]} on; check it")
     # Latents are of unit size, so float16 rounds them by 2^-11 of that; halves 500,000 pairs.
     tensors["y"] = y.half() if config.latent else y
     return tensors, metadata

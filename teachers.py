@@ -138,9 +138,7 @@ Teacher = EDMTeacher | SDTeacher
 def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
     """The teacher of a workload, on the CPU; downloaded if it is neither embedded nor a file.
 
-    Args:
-        workload: its teacher, guidance and decoder count.
-        with_unet: of sd15; G does without the teacher's UNet.
+    with_unet: G does without that of sd15's teacher; it needs the text encoder and a decoder.
     """
     source = workload.teacher
     if workload.latent:

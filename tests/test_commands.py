@@ -14,6 +14,7 @@ from functools import partial
 from urllib.error import URLError
 
 import lpips
+import numpy as np
 import pytest
 import torch
 from conftest import ONE_THREAD, ROOT, fails_in_one_line, pairs_config, run
@@ -572,18 +573,12 @@ def test_a_folder_with_another_run_is_left_alone(finished_run, pairs, tmp_path):
         train.main(tiny_config(pairs, finished_run, steps=2, seed=3, lambda_reg=0.3))
     assert files(finished_run) == before
     for mine in ("thesis.txt", "config.json"):
-        (tmp_path / mine).write_text("{}")
+        folder = tmp_path / mine
+        folder.mkdir()
+        (folder / mine).write_text("{}")
         with pytest.raises(UserError, match="holds other files"):
-            train.main(tiny_config(pairs, tmp_path, steps=1))
-        assert (tmp_path / mine).read_text() == "{}"
-
-
-def test_a_foreign_config_is_left_alone(small, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    before = files(tmp_path)
-    with pytest.raises(UserError, match="holds other files"):
-        train.main(tiny_config(small, tmp_path, steps=1))
-    assert files(tmp_path) == before
+            train.main(tiny_config(pairs, folder, steps=1))
+        assert files(folder) == {mine: b"{}"}
 
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(small, tmp_path, monkeypatch):
@@ -731,26 +726,14 @@ def test_without_a_run_the_shipped_generator_is_used(tmp_path, monkeypatch, caps
 
 def test_an_image_is_a_function_of_its_seed_and_label(tmp_path, finished_run):
     def pictures(name, seeds, batch_size):
-        sample.main(
-            sample.Config(
-                checkpoint=str(finished_run),
-                seeds=seeds,
-                labels="4",
-                out=str(tmp_path / name),
-                batch_size=batch_size,
-            )
-        )
+        options = {"checkpoint": str(finished_run), "seeds": seeds, "batch_size": batch_size}
+        sample.main(sample.Config(**options, labels="4", out=str(tmp_path / name)))
         return files(tmp_path / name)
 
     together, apart = pictures("a", "3-6", 4), pictures("b", "5", 1)
-    pixels = [
-        torch.tensor(list(Image.open(tmp_path / name / "000005.png").get_flattened_data()))
-        if hasattr(Image.Image, "get_flattened_data")
-        else torch.tensor(list(Image.open(tmp_path / name / "000005.png").getdata()))
-        for name in ("a", "b")
-    ]
+    one, two = (np.asarray(Image.open(tmp_path / name / "000005.png"), int) for name in ("a", "b"))
     assert set(together) > set(apart)
-    assert (pixels[0] - pixels[1]).abs().max() <= 1  # rounding to uint8
+    assert np.abs(one - two).max() <= 1  # rounding to uint8
 
 
 @pytest.mark.slow
