@@ -40,14 +40,13 @@ FLAGS = """
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file, or of a .gz of one, that are not empty."""
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a text file, one prompt a line") from None
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            lines = file.read().splitlines()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
-    prompts = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+        raise UserError(f"{path} cannot be read as UTF-8 text, a prompt a line ({error})") from None
+    prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompt; give a text file, one prompt a line")
     return prompts
@@ -94,9 +93,7 @@ def make_shard(
         bar.update(len(solutions[-1]))
     y = torch.cat(solutions)
     if not y.isfinite().all():
-        raise UserError(
-            f"the teacher gave NaN or infinity for pairs from {indices[0]} on; check it"
-        )
+        raise UserError(f"the teacher gave NaN or infinity from pair {indices[0]} on; check it")
     # Latents are of unit size, so float16 rounds them by 2^-11 of that; halves 500,000 pairs.
     tensors["y"] = y.half() if config.latent else y
     return tensors, metadata
@@ -106,10 +103,9 @@ def make_shard(
 def draw_preview(path: Path, shard: Path, teacher: Teacher, device: torch.device) -> None:
     """A picture of the first y of a shard."""
     y = read_tensors(shard)[0]["y"].float()
-    count = min(len(y), 100 if y.shape[-1] <= 32 else 25)
-    images = [teacher.decode(one[None].to(device)).cpu() for one in y[:count]]
-    scale = 2 if y.shape[-1] <= 32 and images[0].shape[-1] <= 64 else 1
-    save_grid(path, torch.cat(images), math.isqrt(count), scale=scale)
+    y = y[: 100 if y.shape[-1] <= 32 else 25]
+    images = torch.cat([teacher.decode(one.to(device)).cpu() for one in y.split(1)])
+    save_grid(path, images, math.isqrt(len(y)), scale=max(1, 64 // images.shape[-1]))
 
 
 def main(config: Workload) -> None:

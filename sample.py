@@ -13,7 +13,6 @@ both with the teacher and with the student. The last line it prints:
     wrote samples.png: 100 images of mnist from runs/mnist/generator.safetensors (step 900)
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,20 +21,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from plumbing.devices import AMP, autocast, pick_amp, pick_device
 from plumbing.files import save_grid
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import sample_noise
-from teachers import (
-    Teacher,
-    check_teaches,
-    find_generator,
-    latent_shape,
-    load_generator,
-    load_teacher,
-)
+from teachers import check_teaches, find_generator, image_shape, load_generator, load_teacher
 from workloads import Workload, get_workload
 
 SEED = 2_000_000  # image s is sample s of this stream; pairs and training draw from others
@@ -71,9 +62,68 @@ class Config(Options):
         for name in ("steps", "guidance"):
             if getattr(self, name) is not None and not self.teacher:
                 raise UserError(f"--{name} is the teacher's; add --teacher, or leave it away")
-        out = Path(self.out)
-        if out.is_dir() if out.suffix.lower() == ".png" else out.suffix or out.is_file():
-            raise UserError(f"--out must be a .png or a folder, and {out} is neither")
+        if Path(self.out).suffix.lower() not in ("", ".png"):
+            raise UserError(f"--out must be a .png or a folder, and {self.out} is neither")
+
+
+@torch.inference_mode()
+def main(config: Config) -> None:
+    """Sample, and write the pictures."""
+    device, path = pick_device(config.device), find_generator(config.checkpoint)
+    G, metadata = load_generator(path)
+    given = {"teacher": config.teacher_weights, "guidance": config.guidance}
+    given |= {"solver_steps": config.steps, "decoder": config.decoder}
+    given = {name: value for name, value in given.items() if value is not None}
+    workload = get_workload(metadata["dataset"], **given)
+    latent = workload.latent
+    amp = "off" if config.amp == "auto" and not latent else pick_amp(config.amp, device)
+
+    # Image i: noise of seed i, label or prompt i of the cycle.
+    seeds = parse_numbers(config.seeds or ("0-3" if latent else "0-99"), "seeds")
+    if not Path(config.out).suffix and len(set(seeds)) < len(seeds):
+        raise UserError("--seeds names a seed twice, but in a folder each seed is one file")
+    cond = choose_condition(config, workload, len(seeds), device)
+    z = sample_noise(SEED, seeds, image_shape(G.mu.net))
+    z = z.to(device, memory_format=torch.channels_last)
+    G = G.to(device, memory_format=torch.channels_last)
+
+    # Beside G, Stable Diffusion needs its text encoder and a decoder; EDM needs nothing.
+    encode = decode = lambda same: same
+    if latent or config.teacher:
+        teacher = load_teacher(workload, with_unet=config.teacher).to(device, amp)
+        encode, decode = teacher.encode, teacher.decode
+
+    def draw(solve: Callable, rows: slice) -> Tensor:
+        """A batch of noise and labels or prompts -> images (B, C, H, W), about [-1, 1]."""
+        with autocast(device, amp):
+            x = solve(z[rows], encode(None if cond is None else cond[rows]))
+            return decode(x).cpu()  # .cpu() waits for the GPU
+
+    size = config.batch_size or (4 if latent else 100)
+    batches = [slice(start, start + size) for start in range(0, len(seeds), size)]
+    solvers, bands, times = [G], [], []
+    if config.teacher:
+        if config.teacher_weights is None:
+            check_teaches(teacher, metadata, path)
+        solvers = [partial(teacher.solve, steps=workload.solver_steps), G]
+        for solve in (partial(teacher.solve, steps=2), G):  # what is done once only is not timed
+            draw(solve, batches[0])
+    for solve in solvers:
+        clock = time.perf_counter()
+        bands.append(torch.cat([draw(solve, rows) for rows in batches]))
+        times.append((time.perf_counter() - clock) * 1000 / len(seeds))
+    if config.teacher:
+        print(
+            f"teacher, {teacher.evaluations(workload.solver_steps)} evaluations: "
+            f"{times[0]:.2f} ms per image; student, 1 evaluation: {times[1]:.2f} ms per image; "
+            f"{times[0] / times[1]:.1f} times faster"
+        )
+    where = write_pictures(Path(config.out), bands, seeds, config.columns)
+    print(
+        f"wrote {where}: {len(seeds)} images of {workload.dataset} from {path} "
+        f"(step {metadata.get('step', '?')})"
+        + (", teacher above student" if config.teacher else "")
+    )
 
 
 def parse_numbers(text: str, name: str) -> list[int]:
@@ -88,143 +138,43 @@ def parse_numbers(text: str, name: str) -> list[int]:
     return numbers
 
 
-def choose_condition(config: Config, workload: Workload, count: int) -> Tensor | list[str] | None:
+def choose_condition(
+    config: Config, workload: Workload, count: int, device: torch.device
+) -> Tensor | list[str] | None:
     """What each image shall show: labels (count,), prompts, or None; they go round."""
-    classes, prompts = workload.num_classes, config.prompt
-    if prompts and not workload.latent:
+    classes, cycle = workload.num_classes, config.prompt
+    if cycle and not workload.latent:
         raise UserError(f"--prompt is for sd15; this is a generator of {workload.dataset}")
     if config.labels is not None and not classes:
         raise UserError(f"a generator of {workload.dataset} has no --labels; leave them away")
-    if workload.latent:
-        if not prompts or not all(prompt.strip() for prompt in prompts):
-            raise UserError('this generator draws what it is told: give --prompt "a red bicycle"')
-        if len(prompts) > count:
-            raise UserError(f"{len(prompts)} prompts need as many --seeds, not {count}")
-        return [prompts[i % len(prompts)] for i in range(count)]
-    if not classes:
+    if classes:
+        cycle = parse_numbers(config.labels or f"0-{classes - 1}", "labels")
+        if max(cycle) >= classes:
+            raise UserError(
+                f"--labels {config.labels}: out of range; the classes are 0-{classes - 1}"
+            )
+    elif not workload.latent:
         return None
-    cycle = parse_numbers(config.labels or f"0-{classes - 1}", "labels")
-    if not 0 <= min(cycle) <= max(cycle) < classes:
-        raise UserError(f"--labels {config.labels}: out of range; the classes are 0-{classes - 1}")
-    return torch.tensor([cycle[i % len(cycle)] for i in range(count)])
+    elif not cycle or not all(prompt.strip() for prompt in cycle):
+        raise UserError('this generator draws what it is told: give --prompt "a red bicycle"')
+    elif len(cycle) > count:
+        raise UserError(f"{len(cycle)} prompts need as many --seeds, not {count}")
+    chosen = [cycle[i % len(cycle)] for i in range(count)]
+    return torch.tensor(chosen, device=device) if classes else chosen
 
 
-def draw_all(
-    solve: Callable,
-    z: Tensor,
-    cond: Tensor | list[str] | None,
-    teacher: Teacher | None,
-    amp: str,
-    batch_size: int,
-    warm_up: Callable | None = None,
-) -> tuple[Tensor, float]:
-    """From labels or prompts to images, batch by batch.
-
-    Args:
-        solve: (z, encoded condition) -> x, G or a teacher's solver.
-        z, cond: noise and condition of all images.
-        teacher: encodes and decodes; None where neither is needed.
-        warm_up: like `solve`, called once for a whole batch, not timed.
-
-    Returns:
-        images (count, C, H, W), about [-1, 1], on the CPU; milliseconds per image (median over the
-        batches).
-    """
-
-    def draw(solve: Callable, rows: slice) -> Tensor:
-        chosen = None if cond is None else cond[rows]
-        with autocast(z.device, amp):
-            if teacher is None:
-                return solve(z[rows], chosen).cpu()
-            return teacher.decode(solve(z[rows], teacher.encode(chosen))).cpu()  # .cpu() waits
-
-    batches = [slice(k, min(k + batch_size, len(z))) for k in range(0, len(z), batch_size)]
-    if warm_up is not None:
-        draw(warm_up, batches[0])
-    images, times = [], []
-    for rows in batches:
-        clock = time.perf_counter()
-        images.append(draw(solve, rows))
-        times.append((time.perf_counter() - clock) / len(images[-1]) * 1000)
-    return torch.cat(images), statistics.median(times)
-
-
-def load_rest(config: Config, workload: Workload, text_width: int) -> Teacher | None:
-    """What G needs beside itself: nothing, or of Stable Diffusion the text encoder and a decoder;
-    with --teacher, the teacher."""
-    if not (workload.latent or config.teacher):
-        return None
-    parts = ("unet", "text_encoder") if config.teacher else ("text_encoder",)
-    teacher = load_teacher(workload, parts)
-    if workload.latent and text_width != (width := teacher.sd.text_encoder.config["hidden_size"]):
-        raise UserError(
-            f"the generator attends to text states of width {text_width}, the text encoder gives "
-            f"{width}; choose the right --teacher-weights"
-        )
-    return teacher
-
-
-@torch.inference_mode()
-def main(config: Config) -> None:
-    """Sample, and write the pictures."""
-    device, path = pick_device(config.device), find_generator(config.checkpoint)
-    G, metadata = load_generator(path)
-    given = {"teacher": config.teacher_weights, "guidance": config.guidance}
-    given |= {"solver_steps": config.steps, "decoder": config.decoder}
-    given = {name: value for name, value in given.items() if value is not None}
-    workload = get_workload(metadata["dataset"], **given)
-    latent, shape = workload.latent, workload.image_shape
-    amp = "off" if config.amp == "auto" and not latent else pick_amp(config.amp, device)
-
-    # Image i: noise from seed i, label or prompt i of the cycle.
-    seeds = parse_numbers(config.seeds or ("0-3" if latent else "0-99"), "seeds")
-    if not Path(config.out).suffix and len(set(seeds)) < len(seeds):
-        raise UserError("--seeds names a seed twice, but in a folder each seed is one file")
-    cond = choose_condition(config, workload, len(seeds))
-
-    net = G.mu.net
-    teacher = load_rest(config, workload, net.config["cross_attention_dim"] if latent else 0)
-    if config.teacher and config.teacher_weights is None:
-        check_teaches(teacher, metadata, path)
-    z = sample_noise(SEED, seeds, latent_shape(net.config) if latent else shape)
-    z = z.to(device, memory_format=torch.channels_last)
-    cond = cond.to(device) if isinstance(cond, Tensor) else cond
-    G = G.to(device, memory_format=torch.channels_last)
-    teacher = teacher and teacher.to(device, amp)
-    how = (z, cond, teacher, amp, config.batch_size or (4 if latent else 100))
-    y = None
-    if config.teacher:
-        steps = workload.solver_steps
-        two = partial(teacher.solve, steps=min(steps, 2))
-        y, ms_teacher = draw_all(partial(teacher.solve, steps=steps), *how, warm_up=two)
-    x, ms_student = draw_all(G, *how, warm_up=G if config.teacher else None)
-    if config.teacher:
-        print(
-            f"teacher, {teacher.evaluations(steps)} evaluations: {ms_teacher:.2f} ms per image; "
-            f"student, 1 evaluation: {ms_student:.2f} ms per image; "
-            f"{ms_teacher / ms_student:.1f} times faster"
-        )
-    where = write_pictures(Path(config.out), x, y, seeds, config.columns)
-    print(
-        f"wrote {where}: {len(x)} images of {workload.dataset} from {path} "
-        f"(step {metadata.get('step', '?')})"
-        + (", teacher above student" if config.teacher else "")
-    )
-
-
-def write_pictures(out: Path, x: Tensor, y: Tensor | None, seeds: list[int], columns: int) -> str:
-    """One grid (teacher rows above student rows), or one PNG per image, named by its seed -> what
-    was written, for the last line."""
-    scale = max(1, 64 // x.shape[-1])
-    bands = [x] if y is None else [y, x]
+def write_pictures(out: Path, bands: list[Tensor], seeds: list[int], columns: int) -> str:
+    """One grid, the bands' rows in turn, or one PNG per image, named by its seed -> what was
+    written, for the last line."""
+    x = bands[-1]
+    scale, columns = max(1, 64 // x.shape[-1]), min(columns, len(x))
     if not out.suffix:
         for seed, *pair in zip(seeds, *bands, strict=True):
             save_grid(out / f"{seed:06d}.png", torch.stack(pair), columns=1, scale=scale, gap=0)
         return f"{out}/"
-    columns = min(columns, len(x))
-    bands = [F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(x) % columns), value=1) for images in bands]
-    rows = [images.unflatten(0, (-1, columns)) for images in bands]  # (rows, columns, C, H, W)
-    save_grid(out, torch.stack(rows, dim=1).flatten(0, 2), columns, scale)
+    white = x.new_ones(-len(x) % columns, *x.shape[1:])  # to the end of the last row
+    rows = zip(*(torch.cat([band, white]).split(columns) for band in bands), strict=True)
+    save_grid(out, torch.cat([row for group in rows for row in group]), columns, scale)
     return str(out)
 
 

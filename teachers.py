@@ -13,30 +13,24 @@ and a generator's file: generator_file is what a run writes, load_generator read
 import copy
 import json
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dmd_loss import OneStepGenerator
-from edm_unet import (
-    SIGMA_MAX,
-    EDMDenoiser,
-    EDMPrecond,
-    heun_sample,
-    load_edm,
-    load_edm_with_metadata,
-)
+from edm_unet import SIGMA_MAX, EDMDenoiser, EDMPrecond, heun_sample, load_edm_with_metadata
 from plumbing.devices import DTYPES
 from plumbing.downloads import fetch
 from plumbing.edm_files import file_format
-from plumbing.files import file_hash, one_line_errors, read_header, read_json, torch_load
+from plumbing.files import file_hash, one_line, one_line_errors, read_header, read_json, torch_load
 from plumbing.options import UserError
 from sd_loader import (
     GuidedUNet,
     SDDenoiser,
     StableDiffusion,
+    UNet,
     find_weights,
     load_network,
     load_sd,
@@ -44,7 +38,7 @@ from sd_loader import (
 )
 from workloads import ASSETS, WORKLOADS, Workload
 
-# What a bare state dict may be; it is recognised by its names and shapes.
+# What a bare state dict may be: it is recognised by its names and shapes.
 ARCHITECTURES = [row.network for row in WORKLOADS.values() if not row.latent]
 
 
@@ -54,14 +48,13 @@ class EDMTeacher:
     Attributes:
         mu_real: the teacher as a denoiser, frozen.
         record: {"name", "sha256"}, what a run or its pairs remember it by.
-        image_shape: (C, H, W) of z, x and y.
         sigma_data: of the weight with which the model was trained, see dmd_loss.denoising_weight.
+        image_shape: (C, H, W) of z, x and y.
     """
 
     def __init__(self, net: EDMPrecond, record: dict[str, str]):
         self.mu_real = EDMDenoiser(net).eval().requires_grad_(False)
-        self.record, self.sigma_data = record, net.sigma_data
-        self.image_shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        self.record, self.sigma_data, self.image_shape = record, net.sigma_data, image_shape(net)
 
     def to(self, device: torch.device, amp: str = "off") -> "EDMTeacher":
         """Move it to a device. (Its weights stay float32 under any `amp`: they are small.)"""
@@ -92,20 +85,18 @@ class EDMTeacher:
 class SDTeacher:
     """Stable Diffusion v1.x: latents, prompts as condition, guidance, PNDM solver.
 
-    Attributes as for EDMTeacher; mu_real is None if the UNet was not loaded.
+    Attributes as for EDMTeacher; without the UNet there is no mu_real and no image_shape.
 
     Args:
         guidance: scale of classifier-free guidance in mu_real and in `solve`; 1 is none.
-        image_shape: of the latents, (4, 64, 64).
     """
 
-    sigma_data = None
+    mu_real = sigma_data = None
 
-    def __init__(
-        self, sd: StableDiffusion, record: dict[str, str], guidance: float, image_shape: tuple
-    ):
-        self.sd, self.record, self.image_shape, self.mu_real = sd, record, image_shape, None
+    def __init__(self, sd: StableDiffusion, record: dict[str, str], guidance: float):
+        self.sd, self.record = sd, record
         if sd.unet is not None:
+            self.image_shape = image_shape(sd.unet)
             guided = GuidedUNet(sd.unet, sd.encode_text([""]), guidance)
             self.mu_real = SDDenoiser(guided).eval().requires_grad_(False)
 
@@ -144,61 +135,53 @@ class SDTeacher:
 Teacher = EDMTeacher | SDTeacher
 
 
-def load_teacher(
-    workload: Workload, parts: Sequence[str] = ("unet", "text_encoder")
-) -> EDMTeacher | SDTeacher:
+def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
     """The teacher of a workload, on the CPU; downloaded if it is neither embedded nor a file.
 
-    Args:
-        workload: its teacher, guidance and decoder count.
-        parts: of sd15: what to load beside the decoder; sampling does without the UNet.
+    with_unet: G does without that of sd15's teacher; it needs the text encoder and a decoder.
     """
-    if not workload.latent:
-        path = fetch(workload.teacher)
-        net = load_edm(path, ARCHITECTURES)
-        check_fits(workload, net, path)
-        return EDMTeacher(net, {"name": path.name, "sha256": file_hash(path)})
-    source, decoder = workload.teacher, "tiny_vae" if workload.decoder == "tiny" else "vae"
-    sd = load_sd(source, (*parts, decoder))
-    record, image_shape = {"name": str(source)}, workload.image_shape
-    if sd.unet is not None:
-        record["sha256"] = file_hash(find_weights("unet", source)[0])
-        image_shape = latent_shape(sd.unet.config)
-    return SDTeacher(sd, record, workload.guidance, image_shape)
-
-
-def latent_shape(config: dict) -> tuple[int, int, int]:
-    """(4, 64, 64), from a UNet's config."""
-    size = config.get("sample_size", 64)
-    return (config["in_channels"], size, size)
-
-
-def shape_of(net: EDMPrecond) -> tuple:
-    """Image shape and number of classes."""
-    return (net.img_channels, net.img_resolution, net.img_resolution), net.label_dim
-
-
-def check_fits(workload: Workload, net: EDMPrecond, path: Path) -> None:
-    """Raise UserError unless the network takes the workload's images and labels."""
-    if shape_of(net) != (workload.image_shape, workload.num_classes):
-        shape, classes = shape_of(net)
+    source = workload.teacher
+    if workload.latent:
+        parts = ["text_encoder", "tiny_vae" if workload.decoder == "tiny" else "vae"]
+        sd = load_sd(source, ["unet", *parts] if with_unet else parts)
+        record = {"name": source}
+        if with_unet:
+            record["sha256"] = file_hash(find_weights("unet", source)[0])
+        return SDTeacher(sd, record, workload.guidance)
+    path = fetch(source)
+    net, _ = load_edm_with_metadata(path, ARCHITECTURES)
+    takes, given = images_of(net.kwargs), images_of(workload.network)
+    if takes != given:
         raise UserError(
-            f"{path} is a network for images {shape} with {classes} classes, but "
-            f"{workload.dataset} has {workload.image_shape} with {workload.num_classes}; "
+            f"{path} is a network for {takes}, but {workload.dataset} is {given}; "
             "choose the right file"
         )
+    return EDMTeacher(net, {"name": path.name, "sha256": file_hash(path)})
+
+
+def image_shape(net: EDMPrecond | UNet) -> tuple[int, int, int]:
+    """(C, H, W) of the images or latents that a network takes."""
+    if isinstance(net, EDMPrecond):
+        return (net.img_channels, net.img_resolution, net.img_resolution)
+    size = net.config.get("sample_size", 64)
+    return (net.config["in_channels"], size, size)
+
+
+def images_of(network: dict) -> str:
+    """What a network of these arguments makes, such as "1x28x28 images of 10 classes"."""
+    shape = "{img_channels}x{img_resolution}x{img_resolution}"
+    return f"{shape} images of {{label_dim}} classes".format(**network)
 
 
 def load_lpips(device: torch.device) -> Callable:
     """The frozen network of dmd_loss.lpips_distance."""
-    try:
-        from lpips import LPIPS  # slow to import, and not needed for L2
+    from lpips import LPIPS  # slow to import, and not needed for L2
 
+    try:
         return LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(
-            f"LPIPS needs VGG-16's weights ({reason}): put "
+            f"LPIPS needs VGG-16's weights ({one_line(error)}): put "
             "https://download.pytorch.org/models/vgg16-397923af.pth into "
             f"{torch.hub.get_dir()}/checkpoints, or use --distance l2"
         ) from None
@@ -225,7 +208,7 @@ def generator_file(
 def load_generator(source: str | Path) -> tuple[OneStepGenerator, dict[str, str]]:
     """G_theta from a run's generator.safetensors, and the file's metadata (its dataset, step, ...).
 
-    Also from others' EDM checkpoints, whose dataset is told by the network's shape, and from UNets
+    Also from others' EDM checkpoints, whose dataset is told by the network's images, and from UNets
     of Stable Diffusion v1.x under diffusers' names.
 
     Args:
@@ -237,28 +220,23 @@ def load_generator(source: str | Path) -> tuple[OneStepGenerator, dict[str, str]
     else:
         net, metadata = load_edm_with_metadata(path, ARCHITECTURES)
         if "kwargs" not in metadata:  # not a file of ours
-            fitting = [
-                name
-                for name, row in WORKLOADS.items()
-                if shape_of(net) == (row.image_shape, row.num_classes)
-            ]
-            metadata = {"role": "generator", "dataset": next(iter(fitting), None)} | metadata
+            images, rows = images_of(net.kwargs), WORKLOADS.items()
+            fitting = (name for name, row in rows if images_of(row.network) == images)
+            metadata = {"role": "generator", "dataset": next(fitting, None)} | metadata
         mu = EDMDenoiser(net, metadata.get("sigma", SIGMA_MAX))
     if metadata.get("role") != "generator" or metadata.get("dataset") not in WORKLOADS:
         raise UserError(f"{path} is not a one-step generator; use a generator.safetensors of a run")
-    if not WORKLOADS[metadata["dataset"]].latent:
-        check_fits(WORKLOADS[metadata["dataset"]], mu.net, path)
     return OneStepGenerator(mu), metadata
 
 
 def load_sd_generator(path: Path) -> tuple[SDDenoiser, dict[str, str]]:
     """A UNet of Stable Diffusion v1.x and its metadata, for load_generator."""
     metadata = read_header(path)[1] if file_format(path) == "safetensors" else {}
-    beside, config = path.with_name("config.json"), None  # None: SD v1.5's
+    config, beside = None, path.with_name("config.json")  # None: SD v1.5's
     if "kwargs" in metadata:
         config = json.loads(metadata["kwargs"])
-    elif beside.exists() and "block_out_channels" in (found := read_json(beside)):
-        config = found  # the file lies in a folder of diffusers'
+    elif beside.exists():  # the file lies in a folder of diffusers'
+        config = read_json(beside)
     net = load_network("unet", path, config=config).requires_grad_(False)
     return SDDenoiser(net).eval(), {"role": "generator", "dataset": "sd15"} | metadata
 
@@ -270,7 +248,7 @@ def is_sd_unet(path: Path) -> bool:
         return False
     with one_line_errors(path):
         names = read_header(path)[0] if kind == "safetensors" else torch_load(path)
-    return isinstance(names, list | dict) and "down_blocks.0.resnets.0.conv1.weight" in names
+        return "down_blocks.0.resnets.0.conv1.weight" in names
 
 
 def check_teaches(teacher: Teacher, metadata: dict, path: Path) -> None:

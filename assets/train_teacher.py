@@ -13,7 +13,6 @@ torchvision. Interrupt it at any time; the same command goes on. The last line i
     wrote runs/mnist-teacher/teacher.safetensors (loss 0.2581)
 """
 
-import copy
 import json
 import math
 import sys
@@ -27,16 +26,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dmd_loss import denoising_weight
-from edm_unet import EDMPrecond, heun_sample, load_edm
-from plumbing.devices import pick_device
+from edm_unet import EDMPrecond, heun_sample
+from plumbing.devices import Ranks, pick_device, to
 from plumbing.digits import classify, load_classifier, load_mnist
 from plumbing.files import save_grid, write_csv, write_tensors, write_torch
-from plumbing.optim import learning_rate, update_average
+from plumbing.optim import Learner
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import generator_for
 from plumbing.rundir import claim_folder, load_checkpoint
-from teachers import check_fits
-from workloads import WORKLOADS
+from teachers import load_teacher
+from workloads import WORKLOADS, get_workload
 
 
 @dataclass
@@ -109,15 +108,6 @@ def legible_digits(
     return images[keep], labels[keep]
 
 
-def start(init: str | None) -> EDMPrecond:
-    """A new network, or the one in the file `init`, ready to be trained."""
-    if init is None:
-        return EDMPrecond(**WORKLOADS["mnist"].network)
-    net = load_edm(init)
-    check_fits(WORKLOADS["mnist"], net, Path(init))
-    return net.train().requires_grad_(True)
-
-
 def main(config: Config) -> None:
     """Train, or go on training, and write teacher.safetensors."""
     device, out = pick_device(config.device), Path(config.out)
@@ -125,11 +115,16 @@ def main(config: Config) -> None:
     images, labels = legible_digits(images, labels, config.legible, device)
 
     torch.manual_seed(config.seed)
-    net = start(config.init).to(device, memory_format=torch.channels_last)
+    net = EDMPrecond(**WORKLOADS["mnist"].network)
+    if config.init is not None:
+        net = load_teacher(get_workload(teacher=config.init)).student().net.train()
+    net.to(device, memory_format=torch.channels_last)
+    learner = Learner(
+        net, Ranks(0, 1, device), config.learning_rate, steps=config.steps, warmup=config.warmup,
+        decay="cosine", betas=(0.9, 0.99), weight_decay=0.0, grad_clip=math.inf, ema=config.ema,
+    )  # fmt: skip
     forward = torch.compile(net) if config.compile else net
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
-    run = {"net": net, "ema": ema, "optimizer": optimizer}
+    run = {"net": learner, "ema": learner.average}
     claim_folder(out, "config.json", config.settings())
     done, log = load_checkpoint(out, run)
 
@@ -138,23 +133,13 @@ def main(config: Config) -> None:
         # A batch of digits: a function of (seed, step) alone, so that resuming is exact.
         generator = generator_for(config.seed, step)
         index = torch.randint(len(images), (config.batch_size,), generator=generator)
-        x = images[index].to(device, memory_format=torch.channels_last)
+        x, y = to(device, images[index], labels[index])
         with torch.autocast(device.type, torch.bfloat16, enabled=config.compile):
-            loss = edm_loss(
-                forward, x, labels[index].to(device), config.p_mean, config.p_std, generator
-            )
+            loss = edm_loss(forward, x, y, config.p_mean, config.p_std, generator)
+        learner.backward(loss)
+        learner.step(step)
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                step, config.steps, config.learning_rate, config.warmup, "cosine"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-        update_average(ema, net, config.ema, step)
-
-        if not math.isfinite(loss.item()):
+        if not loss.isfinite():
             raise UserError(f"the loss is {loss.item()} at step {step + 1}; lower --learning-rate")
         log.append({"step": step + 1, "loss": f"{loss.item():.6f}"})
         progress.set_postfix(loss=f"{loss.item():.4f}")
@@ -163,17 +148,16 @@ def main(config: Config) -> None:
             state = {name: part.state_dict() for name, part in run.items()}
             write_torch(out / "checkpoint.pt", state | {"step": step + 1})
             z = torch.randn(40, 1, 28, 28, generator=generator_for(0)).to(device)
-            digits = heun_sample(ema, z, torch.arange(10, device=device).repeat(4))
+            digits = heun_sample(
+                learner.average.eval(), z, torch.arange(10, device=device).repeat(4)
+            )
             save_grid(out / f"samples_{step + 1:06d}.png", digits, columns=10, scale=2)
 
+    weights = {name: value.half() for name, value in learner.average.state_dict().items()}
     metadata = {"kwargs": json.dumps(net.kwargs), "dataset": "mnist"}
-    write_tensors(
-        out / "teacher.safetensors",
-        {name: value.half() for name, value in ema.state_dict().items()},
-        metadata,
-    )
+    write_tensors(out / "teacher.safetensors", weights, metadata)
     tail = [float(row["loss"]) for row in log[-500:]]
-    print(f"wrote {out / 'teacher.safetensors'} (loss {sum(tail) / max(1, len(tail)):.4f})")
+    print(f"wrote {out / 'teacher.safetensors'} (loss {sum(tail) / len(tail):.4f})")
 
 
 if __name__ == "__main__":

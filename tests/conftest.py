@@ -3,15 +3,18 @@
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import make_pairs
+import train
 from edm_unet import EDMPrecond
 from plumbing import rundir
 from plumbing.files import write_tensors
@@ -20,6 +23,7 @@ from workloads import WORKLOADS, Workload, get_workload
 ROOT = Path(__file__).parent.parent
 # One thread, so that two processes on one machine round alike.
 ONE_THREAD = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+TINY = {"batch_size": 4, "batch_size_ref": 4, "device": "cpu"}
 
 
 def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
@@ -64,6 +68,19 @@ def run_on_two_ranks(*arguments, torchrun: bool = False) -> subprocess.Completed
     return subprocess.CompletedProcess(script, code, out, error)
 
 
+def start(script, options, until):
+    """Start a script with a Config's fields as options, and return once the file exists."""
+    line = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *line], env=ONE_THREAD,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    while not until.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    return process
+
+
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """`run` within this process, in a moment: for a command that ends in an error."""
@@ -94,6 +111,25 @@ def pairs_config(**flags) -> Workload:
     return get_workload(**fields | {"pairs": str(fields["pairs"])})
 
 
+def tiny_config(pairs, out, **options):
+    """A short run with the embedded teacher and its pairs, or with `small`'s."""
+    where = pairs if isinstance(pairs, dict) else {"pairs": str(pairs)}
+    return get_workload(out=str(out), **where, **{**TINY, "warmup": 2, **options})
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """train.main catches Ctrl-C; give it back to pytest."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """Matplotlib takes longer than a few steps do; what subprocesses and fixtures run draws."""
@@ -115,6 +151,14 @@ def pairs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "mnist"
     make_pairs.main(pairs_config(num_pairs=20, steps=6, shard_size=8, out=folder, device="cpu"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(pairs, tmp_path_factory):
+    """Two steps on the tiny pairs."""
+    out = tmp_path_factory.mktemp("runs") / "mnist"
+    train.main(tiny_config(pairs, out, steps=2))
+    return out
 
 
 def small_network() -> EDMPrecond:

@@ -29,7 +29,6 @@ from plumbing.rundir import SCALARS
 from sd_loader import (
     GuidedUNet,
     SDDenoiser,
-    TextEncoder,
     load_network,
     load_sd,
     pndm_sample,
@@ -404,7 +403,7 @@ def refused(monkeypatch, capsys, module, options):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prompts": "none.txt"}, "none.txt does not exist; give a text file, one prompt a line"),
+        ({"prompts": "none.txt"}, "none.txt cannot be read as UTF-8 text, a prompt a line"),
         ({"prompts": "empty.txt"}, "empty.txt holds no prompt"),
         ({"prompts": "noise.gz"}, "noise.gz cannot be read as UTF-8 text"),
         ({"guidance": 0}, "--guidance must be above 0, not 0.0"),
@@ -433,7 +432,6 @@ def test_bad_options_of_make_pairs(sd, tmp_path, monkeypatch, capsys, change, wo
         ({"prompt": ["cat"], "guidance": 0}, "--guidance must be above 0"),
         ({"prompt": ["cat"], "out": "x.jpg"}, "--out must be a .png or a folder"),
         ({"prompt": ["cat"], "out": "x", "seeds": "0-2,1"}, "--seeds names a seed twice"),
-        ({"prompt": ["cat"], "teacher_weights": "narrow"}, "width 20, the text encoder gives 16"),
         ({"checkpoint": "cut.bin"}, "cut.bin is damaged or not a file of weights"),
         ({"checkpoint": "empty"}, "empty/generator.safetensors does not exist"),
     ],
@@ -443,22 +441,9 @@ def test_bad_options_of_sample(sd, sd_run, tmp_path, monkeypatch, capsys, change
     (tmp_path / "empty").mkdir()
     torch.save({"down_blocks.0.resnets.0.conv1.weight": torch.ones(9)}, "whole.bin")
     (tmp_path / "cut.bin").write_bytes((tmp_path / "whole.bin").read_bytes()[:-50])
-    if change.get("teacher_weights"):
-        narrow_text_encoder(sd, tmp_path / "narrow")
     options = sample_options(sd, **{"checkpoint": sd_run, "out": "x.png", **change})
     assert words in refused(monkeypatch, capsys, sample, options)
     assert not (tmp_path / "x.png").exists() and not (tmp_path / "x").exists()
-
-
-def narrow_text_encoder(sd, folder):
-    """A copy of the model whose text encoder is 16 wide instead of 20."""
-    shutil.copytree(sd, folder)
-    path = folder / "text_encoder" / "config.json"
-    config = json.loads(path.read_text()) | {"hidden_size": 16}
-    path.write_text(json.dumps(config))
-    state = TextEncoder(config).state_dict()
-    torch.save(state, folder / "text_encoder" / "pytorch_model.bin")
-    (folder / "text_encoder" / "model.safetensors").unlink()
 
 
 def test_a_prompt_for_a_generator_of_digits(tmp_path, monkeypatch, capsys):
