@@ -287,8 +287,8 @@ VARIANT = dict(
     resample_filter=[1, 1],
 )  # fmt: skip
 # ... and this does not matter: precision is the caller's choice (torch.autocast), any sigma > 0 is
-# accepted, and sampling does not augment.
-IGNORED = ("use_fp16", "sigma_min", "sigma_max", "augment_dim")
+# accepted, and sampling neither augments nor drops labels.
+IGNORED = ("use_fp16", "sigma_min", "sigma_max", "augment_dim", "label_dropout")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ class EDMPrecond(nn.Module):
             raise UserError(f"unknown model_type {model_type!r}; known: {', '.join(NETWORKS)}")
         if not isinstance(sigma_data, int | float) or not 0 < sigma_data < math.inf:
             raise UserError(f"sigma_data is {sigma_data!r} instead of a number above 0")
-        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.image_shape = (img_channels, img_resolution, img_resolution)
         self.label_dim, self.sigma_data = label_dim, sigma_data
         network = {name: value for name, value in network.items() if name not in IGNORED}
         self.kwargs = dict(  # to build this network again; goes into every file we write
@@ -421,20 +421,13 @@ class EDMDenoiser(nn.Module):
 
 
 def load_edm(path: str | Path, architectures: Sequence[dict] = ()) -> EDMPrecond:
-    """A network from a file of any format that edm_files.read_edm_file knows: in eval mode,
-    float32, on the CPU, without gradients.
+    """A network from a file of any format that edm_files.read_edm_file knows, in eval mode,
+    float32, on the CPU, without gradients. What else the file says is its `metadata`.
 
     Args:
         architectures: arguments of EDMPrecond. A file that does not record its own must have the
             names and shapes of one of these.
     """
-    return load_edm_with_metadata(path, architectures)[0]
-
-
-def load_edm_with_metadata(
-    path: str | Path, architectures: Sequence[dict] = ()
-) -> tuple[EDMPrecond, dict]:
-    """load_edm, and what the file says beside the weights."""
     tensors, kwargs, metadata = read_edm_file(path)
     found = {(name, value.shape) for name, value in tensors.items()}
 
@@ -447,8 +440,8 @@ def load_edm_with_metadata(
         if not nets:
             raise UserError("it does not say which network it is of; use the file of a run")
         net = min(nets, key=differences)
-        size, classes = net.img_resolution, net.label_dim
-        nearest = f"beside the nearest, for {size}x{size} images with {classes} classes, it"
-        what = "it" if kwargs else f"it fits no known network; {nearest}"
+        nearest = f"the nearest takes images {net.image_shape} of {net.label_dim} classes"
+        what = "it" if kwargs else f"it fits no known network; {nearest}, beside which it"
         load_strictly(net.to_empty(device="cpu"), tensors, what)
-    return net.eval().requires_grad_(False), metadata
+    net.metadata = metadata
+    return net.eval().requires_grad_(False)

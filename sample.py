@@ -26,7 +26,7 @@ from plumbing.devices import AMP, autocast, pick_amp, pick_device
 from plumbing.files import save_grid
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import sample_noise
-from teachers import check_teaches, find_generator, image_shape, load_generator, load_teacher
+from teachers import check_teaches, find_generator, load_generator, load_teacher
 from workloads import Workload, get_workload
 
 SEED = 2_000_000  # image s is sample s of this stream; pairs and training draw from others
@@ -83,7 +83,7 @@ def main(config: Config) -> None:
     if not Path(config.out).suffix and len(set(seeds)) < len(seeds):
         raise UserError("--seeds names a seed twice, but in a folder each seed is one file")
     cond = choose_condition(config, workload, len(seeds), device)
-    z = sample_noise(SEED, seeds, image_shape(G.mu.net))
+    z = sample_noise(SEED, seeds, G.mu.net.image_shape)
     z = z.to(device, memory_format=torch.channels_last)
     G = G.to(device, memory_format=torch.channels_last)
 

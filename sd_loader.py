@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dmd_loss import T
+from plumbing.downloads import find_on_hub
 from plumbing.files import load_strictly, one_line_errors, read_json, read_tensors, torch_load
 from plumbing.options import UserError
 
@@ -46,7 +47,7 @@ TAESD_REPO = "madebyollin/taesd"
 # The fields of the config files that are read, as they are in SD v1.5. A folder's own values win.
 SD15 = {
     "unet": dict(
-        in_channels=4,  # of z; the networks have 4 and accept no other
+        sample_size=64,  # of the latents, pixels along each side
         block_out_channels=[320, 640, 1280, 1280], layers_per_block=2, norm_num_groups=32,
         cross_attention_dim=768, attention_head_dim=8,  # the *number* of heads, by a mistake
     ),
@@ -238,6 +239,7 @@ class UNet(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.config = dict(config)  # all it takes to build this network again
+        self.image_shape = (4, config["sample_size"], config["sample_size"])
         self.gradient_checkpointing = False
         widths, depth = config["block_out_channels"], config["layers_per_block"]
         groups, emb_width = config["norm_num_groups"], 4 * widths[0]
@@ -669,9 +671,10 @@ def read_config(path: Path) -> dict:
 
 
 def find_weights(part: str, source: str | Path) -> tuple[Path, Path | None]:
-    """The weights and config.json (None beside a single file) of one network, see load_network."""
+    """The weights and config.json (None: there is none beside a single file) of one network."""
     if Path(source).is_file():
-        return Path(source), None
+        beside = Path(source).with_name("config.json")
+        return Path(source), beside if beside.is_file() else None
     kinds = ("diffusion_pytorch_model{}.safetensors", "diffusion_pytorch_model{}.bin")
     if part == "text_encoder":  # transformers' names instead of diffusers'
         kinds = ("model{}.safetensors", "pytorch_model{}.bin")
@@ -682,36 +685,13 @@ def find_weights(part: str, source: str | Path) -> tuple[Path, Path | None]:
 def find_file(source: str | Path, *names: str) -> Path:
     """The first of `names`, such as "unet/config.json", in a folder or in a repository."""
     if not Path(source).is_dir():
-        return find_on_hub(str(source), names)
+        tiny = names[0].startswith("tiny_vae/")  # no part of Stable Diffusion's repositories
+        names = [name.removeprefix("tiny_vae/") for name in names]
+        return find_on_hub(TAESD_REPO if tiny else str(source), names)
     for name in names:
         if (path := Path(source, name)).is_file():
             return path
     raise UserError(f"{source} holds none of {', '.join(names)}")
-
-
-def find_on_hub(repo: str, names: Sequence[str]) -> Path:
-    """The first of a repository's files that is in the Hub's local cache or can be downloaded."""
-    # Only repositories need this package.
-    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
-
-    if repo.count("/") != 1:
-        raise UserError(f"{repo} is neither a folder here nor a Hub repository (owner/name)")
-    offline = False
-    for name in names:
-        if name.startswith("tiny_vae/"):  # no part of Stable Diffusion's repositories
-            repo, name = TAESD_REPO, name.removeprefix("tiny_vae/")
-        try:
-            if isinstance(cached := try_to_load_from_cache(repo, name), str):
-                return Path(cached)
-            return Path(hf_hub_download(repo, name, local_files_only=offline))
-        except errors.EntryNotFoundError as error:
-            offline = isinstance(error, errors.LocalEntryNotFoundError)  # do not wait for it again
-        except (OSError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{repo} is no folder here, and the Hub says: {reason}") from None
-    raise UserError(
-        f"{repo} holds none of {', '.join(names)}; it is no folder here, and is there a network?"
-    )
 
 
 # What the released files hold beside what is needed here, and their names of the VAE's attention.

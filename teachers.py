@@ -20,17 +20,16 @@ import torch
 from torch import Tensor
 
 from dmd_loss import OneStepGenerator
-from edm_unet import SIGMA_MAX, EDMDenoiser, EDMPrecond, heun_sample, load_edm_with_metadata
+from edm_unet import SIGMA_MAX, EDMDenoiser, EDMPrecond, heun_sample, load_edm
 from plumbing.devices import DTYPES
 from plumbing.downloads import fetch
 from plumbing.edm_files import file_format
-from plumbing.files import file_hash, one_line, one_line_errors, read_header, read_json, torch_load
+from plumbing.files import file_hash, one_line, one_line_errors, read_header, torch_load
 from plumbing.options import UserError
 from sd_loader import (
     GuidedUNet,
     SDDenoiser,
     StableDiffusion,
-    UNet,
     find_weights,
     load_network,
     load_sd,
@@ -54,7 +53,7 @@ class EDMTeacher:
 
     def __init__(self, net: EDMPrecond, record: dict[str, str]):
         self.mu_real = EDMDenoiser(net).eval().requires_grad_(False)
-        self.record, self.sigma_data, self.image_shape = record, net.sigma_data, image_shape(net)
+        self.record, self.sigma_data, self.image_shape = record, net.sigma_data, net.image_shape
 
     def to(self, device: torch.device, amp: str = "off") -> "EDMTeacher":
         """Move it to a device. (Its weights stay float32 under any `amp`: they are small.)"""
@@ -96,7 +95,7 @@ class SDTeacher:
     def __init__(self, sd: StableDiffusion, record: dict[str, str], guidance: float):
         self.sd, self.record = sd, record
         if sd.unet is not None:
-            self.image_shape = image_shape(sd.unet)
+            self.image_shape = sd.unet.image_shape
             guided = GuidedUNet(sd.unet, sd.encode_text([""]), guidance)
             self.mu_real = SDDenoiser(guided).eval().requires_grad_(False)
 
@@ -149,7 +148,7 @@ def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
             record["sha256"] = file_hash(find_weights("unet", source)[0])
         return SDTeacher(sd, record, workload.guidance)
     path = fetch(source)
-    net, _ = load_edm_with_metadata(path, ARCHITECTURES)
+    net = load_edm(path, ARCHITECTURES)
     takes, given = images_of(net.kwargs), images_of(workload.network)
     if takes != given:
         raise UserError(
@@ -157,14 +156,6 @@ def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
             "choose the right file"
         )
     return EDMTeacher(net, {"name": path.name, "sha256": file_hash(path)})
-
-
-def image_shape(net: EDMPrecond | UNet) -> tuple[int, int, int]:
-    """(C, H, W) of the images or latents that a network takes."""
-    if isinstance(net, EDMPrecond):
-        return (net.img_channels, net.img_resolution, net.img_resolution)
-    size = net.config.get("sample_size", 64)
-    return (net.config["in_channels"], size, size)
 
 
 def images_of(network: dict) -> str:
@@ -216,9 +207,15 @@ def load_generator(source: str | Path) -> tuple[OneStepGenerator, dict[str, str]
     """
     path = fetch(str(source))
     if is_sd_unet(path):
-        mu, metadata = load_sd_generator(path)
+        metadata = read_header(path)[1] if file_format(path) == "safetensors" else {}
+        config = json.loads(
+            metadata.get("kwargs", "null")
+        )  # None: of the file beside, or SD v1.5's
+        mu = SDDenoiser(load_network("unet", path, config).requires_grad_(False))
+        metadata = {"role": "generator", "dataset": "sd15"} | metadata
     else:
-        net, metadata = load_edm_with_metadata(path, ARCHITECTURES)
+        net = load_edm(path, ARCHITECTURES)
+        metadata = net.metadata
         if "kwargs" not in metadata:  # not a file of ours
             images, rows = images_of(net.kwargs), WORKLOADS.items()
             fitting = (name for name, row in rows if images_of(row.network) == images)
@@ -226,19 +223,7 @@ def load_generator(source: str | Path) -> tuple[OneStepGenerator, dict[str, str]
         mu = EDMDenoiser(net, metadata.get("sigma", SIGMA_MAX))
     if metadata.get("role") != "generator" or metadata.get("dataset") not in WORKLOADS:
         raise UserError(f"{path} is not a one-step generator; use a generator.safetensors of a run")
-    return OneStepGenerator(mu), metadata
-
-
-def load_sd_generator(path: Path) -> tuple[SDDenoiser, dict[str, str]]:
-    """A UNet of Stable Diffusion v1.x and its metadata, for load_generator."""
-    metadata = read_header(path)[1] if file_format(path) == "safetensors" else {}
-    config, beside = None, path.with_name("config.json")  # None: SD v1.5's
-    if "kwargs" in metadata:
-        config = json.loads(metadata["kwargs"])
-    elif beside.exists():  # the file lies in a folder of diffusers'
-        config = read_json(beside)
-    net = load_network("unet", path, config=config).requires_grad_(False)
-    return SDDenoiser(net).eval(), {"role": "generator", "dataset": "sd15"} | metadata
+    return OneStepGenerator(mu).eval(), metadata
 
 
 def is_sd_unet(path: Path) -> bool:

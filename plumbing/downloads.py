@@ -5,10 +5,11 @@ import os
 import re
 import shutil
 import urllib.request
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 
-import huggingface_hub
+from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 from tqdm import tqdm
 
 from plumbing.files import atomic_path, file_hash, one_line
@@ -31,7 +32,9 @@ def fetch(source: str) -> Path:
     if source in EDM_NAMES and not Path(source).exists():
         source = EDM_URL + source
     if source.startswith("hf://"):
-        return fetch_from_hub(source)
+        owner, _, rest = source.removeprefix("hf://").partition("/")
+        repo, _, file = rest.partition("/")
+        return find_on_hub(f"{owner}/{repo}", [file])
     if not source.startswith(("https://", "http://")):
         return Path(source)
     name = re.split(r"[?#]", source)[0].rpartition("/")[2]
@@ -45,14 +48,28 @@ def fetch(source: str) -> Path:
     return path
 
 
-def fetch_from_hub(source: str) -> Path:
-    """hf://owner/repo/file -> the file in huggingface_hub's cache."""
-    try:
-        owner, repo, file = source.removeprefix("hf://").split("/", 2)
-        return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file))
-    except (OSError, ValueError) as error:
-        how = "write hf://owner/repo/file, or download it yourself and give its path instead"
-        raise UserError(one_line(f"{source} cannot be had ({error}); {how}")) from error
+def find_on_hub(repo: str, names: Sequence[str]) -> Path:
+    """The first of these files of a Hub's repository that is in its local cache or can be had."""
+    if repo.count("/") != 1 or not all(names):
+        raise UserError(
+            f"{repo} is neither a folder here nor a Hub repository (owner/name); a file of one is "
+            "hf://owner/name/file"
+        )
+    offline = False
+    for name in names:
+        try:
+            if isinstance(cached := try_to_load_from_cache(repo, name), str):
+                return Path(cached)
+            return Path(hf_hub_download(repo, name, local_files_only=offline))
+        except errors.EntryNotFoundError as error:
+            offline = isinstance(error, errors.LocalEntryNotFoundError)  # do not wait for it again
+        except (OSError, ValueError) as error:  # no such name, no such repository, a full disk
+            raise UserError(
+                one_line(f"{repo} is no folder here, and the Hub says: {error}", 300)
+            ) from None
+    raise UserError(
+        f"{repo} holds none of {', '.join(names)}; it is no folder here, and is there a network?"
+    )
 
 
 def download(url: str, path: Path, sha256: str = "") -> None:

@@ -15,7 +15,6 @@ FID is lower for more images and varies with the seeds, so only equal protocols 
                 .npz with `mu` and `sigma`, of the training images, all of them.
 """
 
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from plumbing.devices import Ranks
 from plumbing.downloads import download
-from plumbing.files import DAMAGE, one_line, one_line_errors, read_tensors, torch_load
+from plumbing.files import one_line_errors, read_tensors, torch_load
 from plumbing.options import UserError
 
 FEATURES = 2048
@@ -157,11 +156,8 @@ def read_reference(
     if path.suffix == ".safetensors":
         tensors, _ = read_tensors(path)
     else:
-        try:
-            with np.load(path, allow_pickle=False) as archive:  # nothing in it is executed
-                tensors = {k: torch.from_numpy(archive[k]) for k in ("mu", "sigma") if k in archive}
-        except (*DAMAGE, OSError, zipfile.BadZipFile) as error:
-            raise UserError(one_line(f"{path} is not an .npz of plain arrays ({error})")) from None
+        with one_line_errors(path), np.load(path, allow_pickle=False) as archive:
+            tensors = {k: torch.from_numpy(archive[k]) for k in ("mu", "sigma") if k in archive}
     for name, shape in (("mu", (FEATURES,)), ("sigma", (FEATURES, FEATURES))):
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != shape:
@@ -189,11 +185,8 @@ def read_images(folder: Path, batch_size: int, ranks: Ranks) -> Iterator[Tensor]
 
 def read_image(path: Path) -> Tensor:
     """A PNG or JPEG file -> uint8 (3, H, W)."""
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            mode, pixels = image.mode, np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(one_line(f"{path} cannot be read as PNG or JPEG ({error})")) from None
+    with one_line_errors(path), Image.open(path, formats=("PNG", "JPEG")) as image:
+        mode, pixels = image.mode, np.array(image)
     if mode != "RGB":
         raise UserError(f"{path} is not an RGB image (its mode is {mode}); convert or remove it")
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from plumbing.files import read_json, read_metadata
+from plumbing.files import one_line_errors, read_json, read_metadata
 from plumbing.options import UserError
 
 # --------------------------------------------------------------------------------------------------
@@ -124,11 +124,9 @@ class Pairs:
 
 def open_shard(path: Path, count: int):
     """A shard's file, to be read piece by piece, if it holds `count` pairs."""
-    try:
+    with one_line_errors(path):
         file = safe_open(str(path), framework="pt")
         found = {file.get_slice(name).get_shape()[0] for name in ("z", "y")}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and rerun make_pairs.py") from None
     if found != {count}:
         raise UserError(f"{path} does not hold {count} pairs; delete it and rerun make_pairs.py")
     return file

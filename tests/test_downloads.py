@@ -8,8 +8,8 @@ import shutil
 import threading
 from pathlib import Path
 
-import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
 from plumbing import downloads
 from plumbing.downloads import EDM_URL, download, fetch
@@ -132,20 +132,20 @@ def test_paths_names_and_the_cache(server, tmp_path, monkeypatch):
 
 
 def test_hugging_face(tmp_path, monkeypatch):
-    def there(repo, file):
+    def there(repo, file, local_files_only):
         assert (repo, file) == ("owner/repo", "folder/file.bin")
         return str(tmp_path / "file.bin")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", there)
+    monkeypatch.setattr(downloads, "hf_hub_download", there)
     assert fetch("hf://owner/repo/folder/file.bin") == tmp_path / "file.bin"
-    for error in (
-        huggingface_hub.errors.LocalEntryNotFoundError("no\nnetwork"),
-        huggingface_hub.errors.HFValidationError("no\nnetwork"),
+    for error, said in (
+        (errors.LocalEntryNotFoundError("no\nnetwork"), "holds none of file.bin"),
+        (errors.HFValidationError("no\nnetwork"), "no network"),
     ):
 
-        def absent(*_, error=error):
+        def absent(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
-        fails(tmp_path, "hf://owner/repo/file.bin", "no network", "give its path instead")
-    fails(tmp_path, "hf://owner/repo", "hf://owner/repo/file")
+        monkeypatch.setattr(downloads, "hf_hub_download", absent)
+        fails(tmp_path, "hf://owner/repo/file.bin", "owner/repo", said)
+    fails(tmp_path, "hf://owner/repo", "hf://owner/name/file")

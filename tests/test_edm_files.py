@@ -18,7 +18,7 @@ import torch
 from test_edm_unet import golden
 from torch import nn
 
-from edm_unet import EDMPrecond, karras_sigmas, load_edm, load_edm_with_metadata
+from edm_unet import EDMPrecond, karras_sigmas, load_edm
 from plumbing import edm_files
 from plumbing.edm_files import read_edm_file
 from plumbing.files import write_tensors
@@ -569,7 +569,7 @@ def test_flipped_bytes_never_escape_as_another_error(tiny, pkl):
         (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
         (b"\n<HTML>", "web page"),
         (b"PK\x03\x04 no zip", "damaged"),
-        (b"\x50\x00\x00\x00\x00\x00\x00\x00{" + b" " * 30, "safetensors"),
+        (b"\x50\x00\x00\x00\x00\x00\x00\x00{" + b" " * 30, "damaged"),
         (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "damaged"),
         (bytes(100), "neither"),
         (b"\x80\x04N.", "its network ('ema') is None"),
@@ -611,9 +611,9 @@ def save(path: Path, value) -> Path:
 )
 def test_state_dicts_of_torch(tiny, tmp_path, name, prefix):
     path = save(tmp_path / name, released_state(tiny, prefix))
-    net, metadata = load_edm_with_metadata(path, TABLE)
+    net = load_edm(path, TABLE)
     equal(net.state_dict(), tiny)
-    assert net.kwargs == TINY and metadata == {}
+    assert net.kwargs == TINY and net.metadata == {}
 
 
 def test_dmd2_with_its_other_networks(tiny, tmp_path):
@@ -629,10 +629,10 @@ def test_generator_of_a_dmd_checkpoint(tiny, tmp_path):
     checkpoint = {"model_g": released_state(tiny), "model_d": other, "optimizer_g": optimizer}
     for name in ("model.pt", "legacy.pt"):
         path = save(tmp_path / name, {**checkpoint, "epoch": 3})
-        net, metadata = load_edm_with_metadata(path, TABLE)
+        net = load_edm(path, TABLE)
         equal(net.state_dict(), tiny)
-        assert metadata["role"] == "generator"
-        assert metadata["sigma"] == karras_sigmas(1000)[-2] == pytest.approx(79.5638, abs=1e-4)
+        assert net.metadata["role"] == "generator"
+        assert net.metadata["sigma"] == karras_sigmas(1000)[-2] == pytest.approx(79.5638, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -648,9 +648,9 @@ def test_safetensors(tiny, tmp_path):
     path = tmp_path / "weights.safetensors"
     write_tensors(path, released_state(tiny), {})
     path.rename(tmp_path / "misnamed.pkl")
-    net, metadata = load_edm_with_metadata(tmp_path / "misnamed.pkl", TABLE)
+    net = load_edm(tmp_path / "misnamed.pkl", TABLE)
     equal(net.state_dict(), tiny)
-    assert net.kwargs == TINY and metadata == {}
+    assert net.kwargs == TINY and net.metadata == {}
 
 
 def test_a_header_as_long_as_a_pickles_first_byte(tmp_path):
@@ -665,9 +665,9 @@ def test_our_own_files(tiny, tmp_path):
     path = tmp_path / "generator.safetensors"
     metadata = {"kwargs": json.dumps(tiny.kwargs), "role": "generator", "dataset": "mnist"}
     write_tensors(path, tiny.state_dict(), metadata)
-    net, found = load_edm_with_metadata(path)  # TINY is not in the table
+    net = load_edm(path)  # TINY is not in the table
     equal(net.state_dict(), tiny)
-    assert found == metadata and not net.training
+    assert net.metadata == metadata and not net.training
     wrong = json.dumps({**tiny.kwargs, "sigma_data": "0.5"})
     for broken in ('{"img_resolution": 8}', "[1]", "{", "3", wrong):
         write_tensors(path, tiny.state_dict(), {**metadata, "kwargs": broken})
@@ -688,7 +688,7 @@ def test_state_dicts_that_fit_nothing(tiny, tmp_path):
     state["model.extra"] = state.pop("model.map_layer1.bias")
     refused(
         save(tmp_path / "model.pt", state),
-        "fits no known network; beside the nearest, for 8x8 images with 4 classes",
+        "fits no known network; the nearest takes images (3, 8, 8) of 4 classes, beside which",
         "1 missing (model.map_layer1.bias)",
         "1 surplus (model.extra)",
         "1 misshapen (model.map_layer0.bias (3,) instead of (64,))",
@@ -697,7 +697,7 @@ def test_state_dicts_that_fit_nothing(tiny, tmp_path):
     state["model.enc.4x4_down.conv0.resample_filter"] = torch.ones(1, 1, 4, 4)
     refused(save(tmp_path / "model.pt", state), "NCSN++", "'-vp' file")
     for other in ([1, 2], {1: torch.ones(1)}, torch.ones(3)):
-        refused(save(tmp_path / "model.pt", other), "not a file of weights")
+        refused(save(tmp_path / "model.pt", other), "damaged or of another kind")
     refused(save(tmp_path / "model.pt", {"weights": 3}), "something else than a tensor")
     refused(save(tmp_path / "model.pt", {}), "missing")
     with pytest.raises(UserError, match="does not say which network"):

@@ -265,7 +265,7 @@ def test_kept_statistics_are_reused_for_the_same_images_alone(
         with pytest.raises(UserError, match=word):
             evaluate.main(fid_config(cifar, reference, **{"statistics": str(kept)} | options))
     kept.write_bytes(before[:1000])
-    with pytest.raises(UserError, match=r"not a complete safetensors|damaged"):
+    with pytest.raises(UserError, match="is damaged"):
         evaluate.main(config)
 
 
@@ -283,7 +283,7 @@ def test_kept_statistics_are_reused_for_the_same_images_alone(
         ({"seed_start": -1}, "--seed-start must be at least 0"),
         ({"seed": 5}, "--seed is not for cifar10"),
         ({"inception": "no.pth"}, "no.pth does not exist"),
-        ({"reference": "no.npz"}, "no.npz is not an .npz of plain arrays .*No such file"),
+        ({"reference": "no.npz"}, "no.npz does not exist"),
         ({"checkpoint": "no.pt"}, "no.pt does not exist"),
         ({"dataset": "mnist"}, "makes cifar10, not mnist"),
         ({"dataset": "cifar10", "checkpoint": str(MNIST_GENERATOR)}, "makes mnist, not cifar10"),
@@ -314,7 +314,7 @@ def test_what_mnist_does_not_have():
 def test_text_to_image_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
     path = tmp_path / "unet.safetensors"
     write_tensors(path, {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, {})
-    monkeypatch.setattr(teachers, "load_sd_generator", None)
+    monkeypatch.setattr(teachers, "load_network", None)
     for options in ({"checkpoint": str(path)}, {"dataset": "sd15", "rows": ("teacher",)}):
         with pytest.raises(UserError, match=r"COCO.*sample\.py.*clean-fid"):
             evaluate.main(evaluate.Config(device="cpu", **options))
