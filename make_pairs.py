@@ -75,7 +75,7 @@ def make_shard(
     indices: range, config: Workload, teacher: Teacher, prompts: list[str], ranks: Ranks, bar: tqdm
 ) -> tuple[dict[str, Tensor], dict]:
     """Solve the teacher's ODE for pairs k in indices -> tensors, metadata of a shard's file."""
-    z = sample_noise(config.seed, indices, teacher.image_shape)
+    z = sample_noise("pairs", config.seed, indices, teacher.image_shape)
     tensors, metadata = {"z": z, "index": torch.tensor(indices)}, {"dataset": config.dataset}
     cond = None
     if config.num_classes:

@@ -29,8 +29,6 @@ from plumbing.pairs import sample_noise
 from teachers import check_teaches, find_generator, load_generator, load_teacher
 from workloads import Workload, get_workload
 
-SEED = 2_000_000  # image s is sample s of this stream; pairs and training draw from others
-
 
 @dataclass
 class Config(Options):
@@ -83,7 +81,7 @@ def main(config: Config) -> None:
     if not Path(config.out).suffix and len(set(seeds)) < len(seeds):
         raise UserError("--seeds names a seed twice, but in a folder each seed is one file")
     cond = choose_condition(config, workload, len(seeds), device)
-    z = sample_noise(SEED, seeds, G.mu.net.image_shape)
+    z = sample_noise("samples", 0, seeds, G.mu.net.image_shape)
     z = z.to(device, memory_format=torch.channels_last)
     G = G.to(device, memory_format=torch.channels_last)
 

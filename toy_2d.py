@@ -41,7 +41,7 @@ from dmd_loss import (
 from edm_unet import EDMDenoiser, heun_sample, preconditioning
 from plumbing.files import write_figure
 from plumbing.options import Options, option, run_script
-from plumbing.pairs import generator_for
+from plumbing.pairs import generator, normal, sample_noise, uniform
 
 MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
 STD = 0.1  # of each mode, along both axes
@@ -153,7 +153,7 @@ def start(seed: int) -> tuple[Generator, EDMDenoiser]:
 
 def make_pairs(mu_real: EDMDenoiser, seed: int) -> tuple[Tensor, Tensor]:
     """z_ref ~ N(0, I) and the teacher's ODE solution y_ref for it, (NUM_PAIRS, 2, 1, 1) each."""
-    z_ref = torch.randn(NUM_PAIRS, 2, 1, 1, generator=generator_for(seed, 0, 1))
+    z_ref = sample_noise("pairs", seed, range(NUM_PAIRS), (2, 1, 1))
     return z_ref, heun_sample(mu_real.net, z_ref, steps=40)
 
 
@@ -166,9 +166,9 @@ def train_panel(
     learner_G, learner_fake = (torch.optim.Adam(network.parameters()) for network in (G, mu_fake))
     for step in tqdm(range(config.steps), desc=panel):
         # 1. Sample z ~ N(0, I), and pairs (z_ref, y_ref) ~ D.
-        generator = generator_for(config.seed, step)
-        z, noise, noise_fake = torch.randn(3, BATCH, 2, 1, 1, generator=generator)
-        u, u_fake, u_ref = torch.rand(3, BATCH, dtype=torch.float64, generator=generator)
+        draws = generator("toy", config.seed, step)
+        z, noise, noise_fake = normal(draws, 3, BATCH, 2, 1, 1)
+        u, u_fake, u_ref = uniform(draws, 3, BATCH)
         z_ref, y_ref = (part[(u_ref * NUM_PAIRS).long()] for part in pairs)
         t, t_fake = dm_noise_levels(u, config.max_step), all_noise_levels(u_fake)
 
@@ -207,7 +207,7 @@ def take_step(learner: torch.optim.Optimizer, peak: float, step: int, steps: int
 @torch.no_grad()
 def generate(G: Generator, seed: int, n: int = 5000) -> Tensor:
     """n fresh samples of G, (n, 2, 1, 1)."""
-    return G(torch.randn(n, 2, 1, 1, generator=generator_for(seed, 0, 2)))
+    return G(sample_noise("samples", seed, range(n), (2, 1, 1)))
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +230,7 @@ def draw(path: Path, panels: dict[str, Tensor]) -> None:
     """The figure: each panel's samples, (B, 2, 1, 1), over real ones and their density."""
     from matplotlib.figure import Figure  # late, see options.py
 
-    real = MODES.repeat(700, 1) + STD * torch.randn(1400, 2, generator=generator_for(0))
+    real = MODES.repeat(700, 1) + STD * sample_noise("pictures", 0, range(1400), (2,))
     x, y = torch.linspace(-0.9, 0.9, 181), torch.linspace(-0.4, 0.4, 81)
     distance = torch.cdist(torch.cartesian_prod(x, y), MODES).reshape(181, 81, 2)
     density = (-((distance / STD) ** 2) / 2).exp().sum(dim=2).T

@@ -197,9 +197,9 @@ def draw_batch(run: Run, step: int, rows: Sequence[int], rows_ref: Sequence[int]
     """Draw rows of step k's global batch: each a function of (seed, k, row) alone."""
     config, teacher, pairs = run.config, run.teacher, run.pairs
     shape, line_4 = teacher.image_shape, config.kl_on_pairs
-    u, noises = draw_rows(config.seed, step, rows, (3, *shape))
-    rows_ref = [config.batch_size + row for row in rows_ref]
-    u_ref, noises_ref = draw_rows(config.seed, step, rows_ref, (3, *shape) if line_4 else (3, 0))
+    u, noises = draw_rows("unpaired", config.seed, step, rows, (3, *shape))
+    of_ref = (3, *shape) if line_4 else (3, 0)
+    u_ref, noises_ref = draw_rows("paired", config.seed, step, rows_ref, of_ref)
     z_ref, y_ref, cond_ref = pairs.batch((u_ref[:, 0] * len(pairs)).long().tolist())
     if config.num_classes:  # uniform class labels
         cond = torch.cat([(u[:, 0] * config.num_classes).long(), cond_ref])
@@ -247,7 +247,7 @@ def pictures(run: Run) -> list[Tensor]:
     shape, G = run.teacher.image_shape, run.G.average
     n = min(len(run.pairs), 10 if shape[1] <= 32 else 5)
     z_ref, y_ref, cond = run.pairs.batch(range(n))
-    z = sample_noise(run.config.seed + 1, range(n), shape)
+    z = sample_noise("pictures", run.config.seed, range(n), shape)
     z, z_ref, y_ref = to(run.ranks.device, z, z_ref, y_ref)
     cond = run.teacher.encode(cond)
     with run.autocast():

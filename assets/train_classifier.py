@@ -31,7 +31,7 @@ from plumbing.digits import (
 from plumbing.fid import mean_and_covariance
 from plumbing.files import write_tensors
 from plumbing.options import Options, option, run_script
-from plumbing.pairs import generator_for
+from plumbing.pairs import generator
 
 
 @dataclass
@@ -58,10 +58,10 @@ def main(config: Config) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=total)
     progress = tqdm(range(total), desc="classifier")
     for step in progress:
-        generator = generator_for(config.seed, step)
-        index = torch.randint(len(images), (config.batch_size,), generator=generator)
+        draws = generator("assets", config.seed, step)
+        index = torch.from_numpy(draws.integers(len(images), size=config.batch_size))
         # Shifts of up to two pixels: digits are not always centred in what a generator makes.
-        dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        dy, dx = draws.integers(-2, 3, size=2).tolist()
         x = images[index].roll((dy, dx), dims=(2, 3)).to(device)
         loss = F.cross_entropy(classifier(x)[1], labels[index].to(device), label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)

@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -32,7 +33,7 @@ from plumbing.digits import classify, load_classifier, load_mnist
 from plumbing.files import save_grid, write_csv, write_tensors, write_torch
 from plumbing.optim import Learner
 from plumbing.options import Options, UserError, option, run_script
-from plumbing.pairs import generator_for
+from plumbing.pairs import generator, normal, sample_noise
 from plumbing.rundir import claim_folder, load_checkpoint
 from teachers import load_teacher
 from workloads import WORKLOADS, get_workload
@@ -69,7 +70,7 @@ class Config(Options):
 
 
 def edm_loss(
-    net, images: Tensor, labels: Tensor, p_mean: float, p_std: float, generator: torch.Generator
+    net, images: Tensor, labels: Tensor, p_mean: float, p_std: float, draws: np.random.Generator
 ) -> Tensor:
     """EDM Eq. 2 with Table 1: mean of lambda(sigma) |D(x + n; sigma) - x|^2, n ~ N(0, sigma^2 I).
 
@@ -83,9 +84,8 @@ def edm_loss(
     Returns:
         loss, scalar.
     """
-    normal = torch.randn(len(images), 1, 1, 1, generator=generator)
-    sigma = (p_mean + p_std * normal).exp().to(images.device)
-    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    sigma = (p_mean + p_std * normal(draws, len(images), 1, 1, 1)).exp().to(images.device)
+    noise = normal(draws, *images.shape).to(images.device)
     weight = denoising_weight(torch.ones_like(sigma), sigma, net.sigma_data)
     return (weight * (net(images + sigma * noise, sigma, labels) - images) ** 2).mean()
 
@@ -131,11 +131,11 @@ def main(config: Config) -> None:
     progress = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="teacher")
     for step in progress:
         # A batch of digits: a function of (seed, step) alone, so that resuming is exact.
-        generator = generator_for(config.seed, step)
-        index = torch.randint(len(images), (config.batch_size,), generator=generator)
+        draws = generator("assets", config.seed, step)
+        index = torch.from_numpy(draws.integers(len(images), size=config.batch_size))
         x, y = to(device, images[index], labels[index])
         with torch.autocast(device.type, torch.bfloat16, enabled=config.compile):
-            loss = edm_loss(forward, x, y, config.p_mean, config.p_std, generator)
+            loss = edm_loss(forward, x, y, config.p_mean, config.p_std, draws)
         learner.backward(loss)
         learner.step(step)
 
@@ -147,7 +147,7 @@ def main(config: Config) -> None:
             write_csv(out / "log.csv", log)
             state = {name: part.state_dict() for name, part in run.items()}
             write_torch(out / "checkpoint.pt", state | {"step": step + 1})
-            z = torch.randn(40, 1, 28, 28, generator=generator_for(0)).to(device)
+            z = sample_noise("pictures", 0, range(40), (1, 28, 28)).to(device)
             digits = heun_sample(
                 learner.average.eval(), z, torch.arange(10, device=device).repeat(4)
             )

@@ -103,7 +103,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 @torch.no_grad()
 def draw(path: Path, config: Config) -> None:
     """Twenty digits of every variant, from the same noises."""
-    z, cond = sample_noise(7, range(20), (1, 28, 28)), torch.arange(20) % 10
+    z, cond = sample_noise("pictures", 7, range(20), (1, 28, 28)), torch.arange(20) % 10
     rows = []
     for variant in VARIANTS:
         G, _ = load_generator(run_folder(variant, 0, config) / "generator.safetensors")

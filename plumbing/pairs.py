@@ -6,7 +6,7 @@ A folder of pairs holds `meta.json` (dataset, teacher, solver, ... : how they we
     z (N, C, H, W) float32      unit-variance noise
     y (N, C, H, W)              the teacher's ODE solution for it
     cond (N,) int64             class labels, only of a class-conditional teacher
-    index (N,) int64            k of each pair; z is drawn from (seed, k) alone
+    index (N,) int64            k of each pair; z is a function of (seed, k) alone
 
 and, of a text-conditional teacher, the N prompts in its metadata.
 """
@@ -23,37 +23,56 @@ from plumbing.files import one_line_errors, read_json, read_metadata
 from plumbing.options import UserError
 
 # --------------------------------------------------------------------------------------------------
-# Randomness
+# Randomness: Philox (Salmon et al. 2011, doi 10.1145/2063384.2063405)
+
+STREAMS = (
+    "pairs",  # z of pair k
+    "unpaired", "paired",  # what the two data streams of Algorithm 1 draw for row i of step k
+    "pictures", "samples", "evaluation",  # z of what is looked at: by train.py, sample.py, ...
+    "toy", "assets",
+)  # fmt: skip
 
 
-def generator_for(*key: int) -> torch.Generator:
-    """A CPU generator whose stream is a function of the key alone, e.g. (seed, step).
+def generator(stream: str, seed: int, step: int = 0, row: int = 0) -> np.random.Generator:
+    """What draws for row i of step k, in one of STREAMS: a function of these four numbers alone.
 
-    Trailing zeros do not count: (3,) and (3, 0) are the same key.
+    Key (seed, stream), counter from (step, row, 0, 0) on: any two draw from counters, or by a key,
+    that the other never has, whatever the seeds; so no number is used twice.
     """
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed) >> 1)
+    key = np.array([seed, STREAMS.index(stream)], np.uint64)
+    return np.random.Generator(
+        np.random.Philox(key=key, counter=np.array([0, 0, row, step], np.uint64))  # lowest first
+    )
 
 
-def sample_noise(seed: int, indices: Iterable[int], shape: tuple[int, ...]) -> Tensor:
-    """z of samples k in indices -> (len, *shape): row k is a function of (seed, k) alone.
+def normal(draws: np.random.Generator, *shape: int) -> Tensor:
+    """N(0, I) of this shape, float32."""
+    return torch.from_numpy(draws.standard_normal(shape, np.float32))
+
+
+def uniform(draws: np.random.Generator, *shape: int) -> Tensor:
+    """Uniform in [0, 1), float64."""
+    return torch.from_numpy(draws.random(shape))
+
+
+def sample_noise(stream: str, seed: int, indices: Iterable[int], shape: tuple[int, ...]) -> Tensor:
+    """z of samples k in indices -> (len, *shape): row k is a function of (stream, seed, k) alone.
 
     So sample k is the same whatever the batch size, the number of processes or the device.
     """
-    return torch.stack([torch.randn(shape, generator=generator_for(seed, k)) for k in indices])
+    return torch.stack([normal(generator(stream, seed, row=k), *shape) for k in indices])
 
 
 def draw_rows(
-    seed: int, step: int, rows: Sequence[int], shape: tuple[int, ...]
+    stream: str, seed: int, step: int, rows: Sequence[int], shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """For every row i of step k, as a function of (seed, k, i) alone: three numbers uniform in
-    [0, 1), and normal ones -> (B, 3) float64, (B, *shape)."""
-    u, normal = torch.empty(len(rows), 3, dtype=torch.float64), torch.empty(len(rows), *shape)
+    """For every row i of step k: three numbers uniform in [0, 1), and normal ones -> (B, 3)
+    float64, (B, *shape)."""
+    u, normals = torch.empty(len(rows), 3, dtype=torch.float64), torch.empty(len(rows), *shape)
     for i, row in enumerate(rows):
-        generator = generator_for(seed, step, row + 1)  # (seed, k, 0) is the noise of pair k
-        torch.rand(3, dtype=torch.float64, generator=generator, out=u[i])
-        torch.randn(shape, generator=generator, out=normal[i])
-    return u, normal
+        draws = generator(stream, seed, step, row)
+        u[i], normals[i] = uniform(draws, 3), normal(draws, *shape)
+    return u, normals
 
 
 # --------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_no_mnist_and_no_network(tmp_path, monkeypatch):
 def test_shipped_networks_make_digits(who):
     """100 digits, judged by the shipped classifier: nearly all of the class they were made for."""
     labels = torch.arange(100) % 10
-    z = sample_noise(5, range(100), (1, 28, 28))
+    z = sample_noise("pairs", 5, range(100), (1, 28, 28))
     with torch.inference_mode():
         if who == "teacher":
             images = load_teacher(get_workload()).solve(z, labels, 8)
@@ -111,7 +111,7 @@ def test_ranks_share_the_digits(monkeypatch):
 
     assert labels.tolist() == [k % 10 for k in range(23)]
     with torch.inference_mode():
-        expected = row.solve(sample_noise(3, [17], (1, 28, 28)), torch.tensor([7]))
+        expected = row.solve(sample_noise("evaluation", 3, [17], (1, 28, 28)), torch.tensor([7]))
     torch.testing.assert_close(whole[17:18], expected.clamp(-1, 1), rtol=0, atol=0.01)
 
 

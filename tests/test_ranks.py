@@ -203,19 +203,22 @@ def test_a_failure_of_one_rank_ends_all(small, tmp_path):
 def test_a_row_does_not_depend_on_the_others():
     """Row i of step k is a function of (seed, k, i): of no other row, nor of how many there are."""
     shape = (3, 1, 4, 4)
-    u, normal = draw_rows(7, 5, range(8), shape)
-    some_u, some_normal = draw_rows(7, 5, [6, 1], shape)
+    u, normal = draw_rows("unpaired", 7, 5, range(8), shape)
+    some_u, some_normal = draw_rows("unpaired", 7, 5, [6, 1], shape)
     assert torch.equal(some_u, u[[6, 1]]) and torch.equal(some_normal, normal[[6, 1]])
-    only_u, nothing = draw_rows(7, 5, [3], (3, 0))  # pairs, where no noise is needed
+    only_u, nothing = draw_rows("unpaired", 7, 5, [3], (3, 0))  # pairs, where no noise is needed
     assert torch.equal(only_u[0], u[3]) and nothing.shape == (1, 3, 0)
-    others = [draw_rows(8, 5, range(8), shape), draw_rows(7, 6, range(8), shape)]
+    others = [
+        draw_rows("unpaired", 8, 5, range(8), shape),
+        draw_rows("unpaired", 7, 6, range(8), shape),
+    ]
     every = torch.cat([normal, *(n for _, n in others)]).flatten(1)
     assert (torch.cdist(every, every) + 100 * torch.eye(24)).min() > 1
 
 
 def test_drawn_noise_levels():
     """KL: t in 20 .. 979, denoising: 0 .. 999, evenly, and independent of each other."""
-    u, normal = draw_rows(0, 0, range(4000), (2,))
+    u, normal = draw_rows("unpaired", 0, 0, range(4000), (2,))
     t, t_fake = dm_noise_levels(u[:, 1]), all_noise_levels(u[:, 2])
     assert 20 <= t.min() < 30 and 970 < t.max() <= 979
     assert 0 <= t_fake.min() < 10 and 990 < t_fake.max() <= 999

@@ -168,7 +168,7 @@ def test_pairs_keep_their_prompts_and_are_guided(sd, sd_pairs, tmp_path, guidanc
 
     z, y, prompts = pairs.batch([4, 1])
     assert prompts == PROMPTS and y.dtype == torch.float32
-    torch.testing.assert_close(z, sample_noise(0, [4, 1], LATENT), rtol=0, atol=0)
+    torch.testing.assert_close(z, sample_noise("pairs", 0, [4, 1], LATENT), rtol=0, atol=0)
     parts = load_sd(sd)
     guided = GuidedUNet(parts.unet, parts.encode_text([""]), guidance)
     expected = pndm_sample(guided, z, parts.encode_text(prompts), steps=4)
@@ -199,7 +199,7 @@ def test_prompts_of_our_own():
 
 def test_before_training_the_generator_is_the_teachers_one_step(sd, sd_pairs, tmp_path):
     G = prepare(get_workload(**train_options(sd, sd_pairs, tmp_path / "run"))).G.model
-    parts, z = load_sd(sd), sample_noise(7, [0, 1], LATENT)
+    parts, z = load_sd(sd), sample_noise("pairs", 7, [0, 1], LATENT)
     text = parts.encode_text(PROMPTS)
     alpha, sigma = (table[999].item() for table in sd_noise_table())
     with torch.no_grad():
@@ -306,7 +306,10 @@ def test_diffusers_reads_the_generator(sd, sd_run, tmp_path):
     target = tmp_path / "diffusion_pytorch_model.safetensors"
     shutil.copy(sd_run / "generator.safetensors", target)
     theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).eval()
-    (G, _), z = load_generator(sd_run / "generator.safetensors"), sample_noise(3, [0, 1], LATENT)
+    (G, _), z = (
+        load_generator(sd_run / "generator.safetensors"),
+        sample_noise("pairs", 3, [0, 1], LATENT),
+    )
     text, t = load_sd(sd).encode_text(PROMPTS), torch.tensor([999, 999])
     scheduler = diffusers.DDPMScheduler.from_pretrained(sd / "scheduler")
     with torch.no_grad():
@@ -354,14 +357,16 @@ def test_one_step_pictures_in_a_folder(sd, sd_run, tmp_path, capsys):
     # By hand: image 2 has the third noise and the first prompt.
     (G, _), parts = load_generator(sd_run / "generator.safetensors"), load_sd(sd)
     with torch.no_grad():
-        x = G(sample_noise(sample.SEED, [2], LATENT), parts.encode_text(PROMPTS[:1]))
+        x = G(sample_noise("samples", 0, [2], LATENT), parts.encode_text(PROMPTS[:1]))
         image = (parts.decode(x)[0] * 127.5 + 128).clamp(0, 255).byte()
     found = torch.frombuffer(
         bytearray(Image.open(tmp_path / "all" / "000002.png").tobytes()), dtype=torch.uint8
     )
     difference = found.reshape(64, 64, 3).int() - image.permute(1, 2, 0).int()
     assert difference.abs().max() <= 1
-    assert not torch.equal(sample_noise(sample.SEED, [0], LATENT), sample_noise(0, [0], LATENT))
+    assert not torch.equal(
+        sample_noise("samples", 0, [0], LATENT), sample_noise("pairs", 0, [0], LATENT)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

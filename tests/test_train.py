@@ -75,7 +75,7 @@ def test_training_noise_is_not_the_pairs_noise(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "draw_batch", spy)
     train.main(tiny_config(pairs, tmp_path / "run", steps=3))
     drawn = [noise for b in batches for noise in (b.z, b.noise, b.noise_fake)]
-    of_pairs = sample_noise(0, range(20), (1, 28, 28))
+    of_pairs = sample_noise("pairs", 0, range(20), (1, 28, 28))
     every = torch.cat([*drawn, of_pairs]).flatten(1)
     assert len(every) == 3 * 3 * 4 + 20
     distance = torch.cdist(every, every) + 100 * torch.eye(len(every))

@@ -114,7 +114,7 @@ def test_another_run_is_left_alone(straight, data):
 def test_only_legible_digits_are_kept():
     """Digits, and the same under a wrong label: the first are kept."""
     labels = torch.arange(40) % 10
-    z = sample_noise(0, range(40), (1, 28, 28))
+    z = sample_noise("pairs", 0, range(40), (1, 28, 28))
     with torch.no_grad():
         digits = load_generator(MNIST_GENERATOR)[0](z, labels)
     images, wrong = torch.cat([digits, digits]), (labels + 1) % 10
