@@ -15,7 +15,7 @@ the global batch is a function of (seed, k, i) alone, so neither resuming nor th
 processes nor accumulation changes what is computed, beyond rounding; on one CPU process not a bit.
 """
 
-import time
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +36,7 @@ from dmd_loss import (
     regression_loss,
 )
 from plumbing.devices import Ranks, autocast, join_ranks, pick_amp, share, to
-from plumbing.optim import Learner
+from plumbing.optim import Learner, Unfinished
 from plumbing.options import UserError, run_script
 from plumbing.pairs import Pairs, draw_rows, sample_noise
 from plumbing.rundir import Log, Signals, claim_folder, load_checkpoint, save_run
@@ -47,7 +47,7 @@ from workloads import Workload, get_workload
 FLAGS = """
     dataset teacher pairs out seed steps batch_size batch_size_ref learning_rate lr_decay
     fake_lr_ratio ema lambda_dm lambda_reg lambda_reg_decay distance weighting max_dm_step decoder
-    amp device accumulate compile shard_optimizer save_every keep
+    amp device accumulate compile shard_optimizer save_every save_minutes keep
 """
 
 
@@ -57,6 +57,7 @@ class Run:
 
     config: Workload
     ranks: Ranks
+    signals: Signals
     rows: list[tuple[range, range]]  # this rank's part of every batch, see split_batch
     teacher: Teacher
     pairs: Pairs
@@ -111,7 +112,7 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
         torch._dynamo.config.optimize_ddp = False  # older versions: not with checkpointing
         for denoiser in (G.mu, mu_fake, teacher.mu_real):
             denoiser.compile()
-    return Run(config, ranks, rows, teacher, pairs, distance, *learners)
+    return Run(config, ranks, Signals(ranks), rows, teacher, pairs, distance, *learners)
 
 
 def choose_distance(config: Workload, device: torch.device) -> Callable:
@@ -135,7 +136,7 @@ def training_step(run: Run, step: int) -> list[Tensor]:
     of them, then mu_fake does."""
     config, teacher, G, mu_fake = run.config, run.teacher, run.G, run.mu_fake
     losses, generated, losses_fake = [], [], []
-    for rows, rows_ref in G.parts(run.rows):
+    for rows, rows_ref in G.parts(run.rows, leave=run.signals.stop):
         # 1. Sample z ~ N(0, I) with its condition, and pairs (z_ref, y_ref) ~ D.
         batch = draw_batch(run, step, rows, rows_ref)
 
@@ -262,7 +263,7 @@ def save(run: Run, step: int, log: Log) -> None:
         generator = generator_file(run.G.average, run.config, run.teacher.record, step)
         out, keep = Path(run.config.out), run.config.keep
         save_run(out, step, rows, state, generator, pictures(run), keep)
-        log.clock = time.perf_counter()  # writing is no training
+    log.note_save()
 
 
 def main(config: Workload) -> None:
@@ -274,14 +275,18 @@ def main(config: Workload) -> None:
         raise UserError(f"the ranks see different checkpoints; {out} must be on a shared disk")
     images = config.batch_size if config.lambda_dm else config.batch_size_ref
     log = Log(ranks, start, config.steps, rows, images, fp16=run.config.amp == "fp16")
-    signals = Signals()
     for step in range(start, config.steps):
-        log.add(step, training_step(run, step), run.G.learning_rate(step))
-        stop, done = ranks.any(bool(signals.received)), step + 1
-        if stop or done == config.steps or done % config.save_every == 0:
+        done = step
+        with contextlib.suppress(Unfinished):  # told to stop between its parts: it is drawn again
+            log.add(step, training_step(run, step), run.G.learning_rate(step))
+            done = step + 1
+        stop = run.signals.stop()
+        late = ranks.any(log.minutes_since_save() > config.save_minutes)
+        due = stop or late or done == config.steps or done % config.save_every == 0
+        if due and done > start:
             save(run, done, log)
         if stop and done < config.steps:
-            signals.leave(done, ranks)
+            run.signals.leave(done)
     if ranks.rank == 0:
         prompt = ' --prompt "..."' if run.pairs.prompts else ""
         print(f"wrote {out / 'generator.safetensors'}; look at it with: python sample.py{prompt}")

@@ -100,6 +100,7 @@ class Workload(Options):
     save_every: int = option(
         1000, "steps between checkpoints, pictures and curves", least=1, free=True
     )
+    save_minutes: float = option(30.0, "minutes between them, at most", above=0, free=True)
     keep: int = option(
         1, "checkpoints to keep; if several, each also as a copy named by its step", least=1,
         free=True,

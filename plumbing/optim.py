@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -28,6 +28,10 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, step: i
     decay = min(decay, (step + 1) / (step + 10))
     for mean, weight in zip(average.parameters(), network.parameters(), strict=True):
         mean.lerp_(weight, 1 - decay)
+
+
+class Unfinished(Exception):
+    """A step was left between its parts; nothing has changed."""
 
 
 class Learner:
@@ -94,10 +98,16 @@ class Learner:
             for name, table in network.named_buffers(recurse=False):
                 setattr(self.model, name, table)  # a denoiser's noise table is seen through it
 
-    def parts(self, parts: Sequence) -> Iterator:
-        """The parts of a step one after the other, each of which counts equally."""
+    def parts(self, parts: Sequence, leave: Callable[[], bool] | None = None) -> Iterator:
+        """The parts of a step one after the other, each of which counts equally.
+
+        If `leave`, asked between two parts, says so, the gradients are forgotten: Unfinished.
+        """
         self.count = len(parts)
         for i, part in enumerate(parts):
+            if i > 0 and leave is not None and leave():
+                self.optimizer.zero_grad(set_to_none=True)
+                raise Unfinished
             self.model.require_backward_grad_sync = i + 1 == len(parts)
             yield part
 

@@ -161,7 +161,7 @@ class Log:
         self.waiting = []
         hidden = ranks.rank > 0
         self.bar = tqdm(total=steps, initial=start, desc="train", mininterval=0.5, disable=hidden)
-        self.clock = time.perf_counter()
+        self.clock = self.saved = time.perf_counter()
 
     def add(self, step: int, scalars: list[Tensor], learning_rate: float) -> None:
         """Note step k's SCALARS."""
@@ -189,6 +189,14 @@ class Log:
         self.bar.set_postfix({name: self.rows[-1][name] for name in SHOWN}, refresh=False)
         return self.rows
 
+    def note_save(self) -> None:
+        """Writing is no training: it does not count in images_per_s."""
+        self.clock = self.saved = time.perf_counter()
+
+    def minutes_since_save(self) -> float:
+        """Minutes, on this rank."""
+        return (time.perf_counter() - self.saved) / 60
+
     def check(self, step: int, scalars: list[float]) -> None:
         """Raise UserError if a scalar is not finite."""
         for name, value in zip(SCALARS, scalars, strict=True):
@@ -200,10 +208,11 @@ class Log:
 
 
 class Signals:
-    """Ctrl-C and SIGTERM are noted; the loop stops after its current step. A second Ctrl-C stops
-    at once."""
+    """Ctrl-C and SIGTERM are noted; the loop stops after its current step, or between the step's
+    parts. A second Ctrl-C stops at once."""
 
-    def __init__(self):
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
         self.received: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
@@ -213,9 +222,14 @@ class Signals:
         self.received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def leave(self, step: int, ranks: Ranks) -> None:
+    def stop(self) -> bool:
+        """Whether any rank was told to stop. All ranks must call."""
+        return self.ranks.any(bool(self.received))
+
+    def leave(self, step: int) -> None:
         """Say how to go on, and exit: 130 after Ctrl-C, 0 after SIGTERM (a cluster's)."""
-        if ranks.rank == 0:
-            command = shlex.join(["python", *sys.argv]) if ranks.count == 1 else "the same command"
+        if self.ranks.rank == 0:
+            alone = self.ranks.count == 1
+            command = shlex.join(["python", *sys.argv]) if alone else "the same command"
             print(f"interrupted and saved after step {step}; go on with: {command}")
         sys.exit(130 if signal.SIGINT in self.received else 0)

@@ -10,7 +10,7 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from plumbing.devices import autocast, pick_amp, pick_device, share
+from plumbing.devices import autocast, others_alive, pick_amp, pick_device, share
 from plumbing.files import (
     atomic_path,
     holds_files,
@@ -124,6 +124,21 @@ def test_devices():
     assert pick_device("cpu").type == "cpu"
     with pytest.raises(UserError, match="try --device cpu"):
         pick_device("toaster")
+
+
+def test_float32_is_float32():
+    """TF32 is a GPU's default for convolutions."""
+    torch.backends.cudnn.allow_tf32 = True
+    pick_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("said", ["CUDA error: device-side assert triggered", "out of memory"])
+def test_a_ranks_own_error_is_its_own(said):
+    with pytest.raises(RuntimeError, match=said), others_alive():
+        raise RuntimeError(said)
+    with pytest.raises(UserError, match="another rank has failed"), others_alive():
+        raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:40301")
 
 
 def test_precisions():

@@ -179,13 +179,63 @@ def test_an_interrupted_run_goes_on_exactly(small, tmp_path, straight, one_threa
 
 
 def test_ctrl_c_ends_with_its_own_code(capsys):
-    signals = Signals()
+    signals = Signals(ALONE)
     signal.raise_signal(signal.SIGINT)
     with pytest.raises(SystemExit) as caught:
-        signals.leave(3, ALONE)
+        signals.leave(3)
     assert caught.value.code == 130 and "saved after step 3" in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt):  # a second one does not wait for the step's end
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_a_step_is_left_between_its_parts(small, tmp_path, monkeypatch):
+    """SIGTERM while the first of two parts is computed: torchrun waits 30 s, a step may take as
+    long. Nothing of the step remains; it is drawn again."""
+    options = {"accumulate": 2, "steps": 3, "save_every": 3}
+    train.main(tiny_config(small, tmp_path / "straight", **options))
+    original, drawn = train.draw_batch, []
+
+    def told(run, step, *rows):
+        drawn.append(step)
+        if drawn == [0, 0, 1]:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, step, *rows)
+
+    monkeypatch.setattr(train, "draw_batch", told)
+    with pytest.raises(SystemExit) as left:
+        train.main(tiny_config(small, tmp_path / "run", **options))
+    assert left.value.code == 0 and drawn == [0, 0, 1]
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 1
+    train.main(tiny_config(small, tmp_path / "run", **options))
+    same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_a_run_told_to_stop_in_its_first_step_leaves_nothing(small, tmp_path, monkeypatch):
+    original = train.draw_batch
+
+    def told(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "draw_batch", told)
+    with pytest.raises(SystemExit):
+        train.main(tiny_config(small, tmp_path / "run", steps=3, accumulate=2))
+    assert set(files(tmp_path / "run")) == {"config.json"}
+
+
+def test_a_run_is_saved_by_the_minute(small, tmp_path, monkeypatch):
+    """Whatever a step takes: here every two fifths of --save-minutes."""
+    original = Log.add
+
+    def slow(log, *arguments):
+        original(log, *arguments)
+        log.saved -= 0.4 * 60 * 5
+
+    monkeypatch.setattr(Log, "add", slow)
+    train.main(tiny_config(small, tmp_path / "run", steps=7, save_minutes=5))
+    saved = sorted(path.stem for path in (tmp_path / "run").glob("samples_*"))
+    assert saved == ["samples_000003", "samples_000006", "samples_000007"]
 
 
 @pytest.mark.slow
