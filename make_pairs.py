@@ -112,7 +112,7 @@ def main(config: Workload) -> None:
     """Solve the teacher's ODE for every missing shard; ranks take turns."""
     prompts = read_prompts(Path(config.prompts)) if config.latent else []
     ranks = join_ranks(config.device)
-    config = replace(config, solver_amp=pick_amp(config.solver_amp, ranks.device))
+    config = replace(config, solver_amp=pick_amp(config.solver_amp, ranks.device, config.half))
     with ranks.first_goes_first():
         teacher = load_teacher(config).to(ranks.device, config.solver_amp)
     out, meta = Path(config.pairs), describe(config, teacher.record)

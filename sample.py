@@ -74,7 +74,11 @@ def main(config: Config) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     workload = get_workload(metadata["dataset"], **given)
     latent = workload.latent
-    amp = "off" if config.amp == "auto" and not latent else pick_amp(config.amp, device)
+    amp = (
+        "off"
+        if config.amp == "auto" and not latent
+        else pick_amp(config.amp, device, workload.half)
+    )
 
     # Image i: noise of seed i, label or prompt i of the cycle.
     seeds = parse_numbers(config.seeds or ("0-3" if latent else "0-99"), "seeds")

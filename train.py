@@ -78,7 +78,7 @@ class Run:
 def prepare(config: Workload, ranks: Ranks) -> Run:
     """Line 1 of Algorithm 1: G and mu_fake start as copies of the teacher."""
     rows, pairs = split_batch(config, ranks), Pairs(Path(config.pairs), config.dataset)
-    amp, guidance = pick_amp(config.amp, ranks.device), pairs.meta["guidance"]
+    amp, guidance = pick_amp(config.amp, ranks.device, config.half), pairs.meta["guidance"]
     config = replace(config, amp=amp, guidance=guidance)  # Section 3.4: one scale for both losses
     with ranks.first_goes_first():
         teacher, distance = load_teacher(config), choose_distance(config, ranks.device)
@@ -97,7 +97,9 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
         assert not any(module.training for module in network.modules())  # dropout is off
     for network in (G, mu_fake):
         network.to(device=ranks.device, memory_format=torch.channels_last)
-    teacher.to(ranks.device, config.amp)
+    teacher.to(ranks.device, amp)
+    # LPIPS has no half precision, but its convolutions may be TF32 where speed is the aim.
+    torch.backends.cudnn.allow_tf32 = amp != "off"
     how = dict(
         steps=config.steps, warmup=config.warmup, decay=config.lr_decay, betas=config.betas,
         weight_decay=config.weight_decay, grad_clip=config.grad_clip, fp16=config.amp == "fp16",

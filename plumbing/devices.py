@@ -52,13 +52,13 @@ def to(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
     return [move(x) for x in tensors]
 
 
-def pick_amp(name: str, device: torch.device) -> str:
-    """ "auto" -> "bf16" on a GPU that has it, "fp16" on an older one, "off" elsewhere."""
+def pick_amp(name: str, device: torch.device, half: str = "bf16") -> str:
+    """ "auto" -> on a GPU `half`, or "fp16" if it has no bf16; "off" elsewhere."""
     if name != "auto":
         return name
     if device.type != "cuda":
         return "off"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return half if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

@@ -23,6 +23,7 @@ from plumbing.files import (
 )
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import STREAMS, generator, normal
+from workloads import WORKLOADS
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
@@ -141,11 +142,15 @@ def test_a_ranks_own_error_is_its_own(said):
         raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:40301")
 
 
-def test_precisions():
+def test_precisions(monkeypatch):
     cpu = torch.device("cpu")
     assert [pick_amp(name, cpu) for name in ("auto", "off", "bf16", "fp16")] == [
         "off", "off", "bf16", "fp16",
     ]  # fmt: skip
+    for has_bf16, found in ((True, ["bf16", "fp16"]), (False, ["fp16", "fp16"])):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda _=has_bf16, **__: _)
+        gpu = torch.device("cuda")
+        assert [pick_amp("auto", gpu, WORKLOADS[row].half) for row in ("cifar10", "sd15")] == found
     x = torch.ones(2, 2)
     for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         with autocast(cpu, amp):

@@ -176,6 +176,15 @@ def test_what_a_part_draws(teacher, tiny_pairs, tmp_path, monkeypatch):
     assert (correlation - torch.eye(6)).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_float32_is_tf32_only_beside_half_precision(
+    teacher, tiny_pairs, tmp_path, monkeypatch, amp
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", amp == "off")
+    prepare(teacher, tiny_pairs, tmp_path, monkeypatch, amp=amp)
+    assert torch.backends.cudnn.allow_tf32 == (amp != "off")
+
+
 def test_dropout_is_off(teacher, tiny_pairs, tmp_path, monkeypatch):
     """Line 1 of Algorithm 1 refuses a network that is not in eval mode."""
     run, _ = prepare(teacher, tiny_pairs, tmp_path, monkeypatch)
