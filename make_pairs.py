@@ -2,7 +2,7 @@
 
     python make_pairs.py                                                MNIST, 2 min on 2 CPU cores
     torchrun --nproc-per-node 8 make_pairs.py --dataset imagenet64      on eight GPUs
-    python make_pairs.py --dataset sd15 --prompts captions.txt --guidance 3 --amp fp16
+    python make_pairs.py --dataset sd15 --prompts captions.txt --guidance 3
 
 For every pair k, z ~ N(0, I) is drawn from (seed, k) and y is the teacher's deterministic ODE
 solution for it: EDM's Heun solver, or guided PNDM for Stable Diffusion (whose y are latents).
