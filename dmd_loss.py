@@ -25,9 +25,10 @@ T_MIN, T_MAX = round(0.02 * T), round(0.98 * T)  # of the KL gradient, Eq. 7
 SIGMA_DATA = 0.5  # standard deviation of the data, as EDM takes it and Algorithm 3 prints it
 
 # w_t of Eq. 7; m = |mu_real - x|_1 / (C S) of each sample, (B, 1, 1, 1) like alpha_t and sigma_t.
+# An entry here is also a choice of --weighting.
 WEIGHTINGS = {
     "eq8": lambda alpha_t, sigma_t, m: sigma_t**2 / alpha_t / m,  # Eq. 8, the paper's choice
-    # As Algorithm 2 is written: the same where alpha_t = 1. Stable Diffusion's results are with it.
+    # As Algorithm 2 is written, sd15's default; the same as eq8 where alpha_t = 1 (EDM).
     "alg2": lambda alpha_t, sigma_t, m: sigma_t**2 / alpha_t**2 / m,
     # Those that Table 2 compares with.
     "dreamfusion": lambda alpha_t, sigma_t, m: sigma_t / alpha_t,

@@ -66,7 +66,7 @@ class Run:
     mu_fake: Learner
 
     def autocast(self) -> torch.autocast:
-        """The context in which the networks are called; the losses are float32."""
+        """The context in which the networks are called. (A loss called in it is float32 itself.)"""
         return autocast(self.ranks.device, self.config.amp)
 
     def parts(self) -> dict:

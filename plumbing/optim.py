@@ -108,6 +108,7 @@ class Learner:
             if i > 0 and leave is not None and leave():
                 self.optimizer.zero_grad(set_to_none=True)
                 raise Unfinished
+            # DistributedDataParallel's, which looks at it in the part's forward.
             self.model.require_backward_grad_sync = i + 1 == len(parts)
             yield part
 
@@ -118,8 +119,9 @@ class Learner:
     def step(self, step: int) -> Tensor:
         """Clip, and do step k. Returns the gradient's norm before clipping.
 
-        With fp16 it may be infinite: then this step is left out and the loss's scale lowered. (In
-        another precision it ends the run, see rundir.Log.)
+        With fp16 it may be infinite: then this step is left out and the loss's scale lowered. In
+        another precision the weights become NaN; rundir.Log ends the run when it next looks, before
+        anything is saved.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)

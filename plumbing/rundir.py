@@ -39,7 +39,9 @@ from plumbing.options import UserError
 
 SCALARS = ["loss_kl", "loss_reg", "loss_denoise", "grad_norm_G", "grad_norm_fake"]
 SHOWN = [*SCALARS, "images_per_s"]  # of the unpaired stream, over all ranks
-SHOW_EVERY = 10  # steps between updates of the progress line
+SHOW_EVERY = (
+    10  # steps between looks at the scalars: the progress line, and whether they are finite
+)
 
 
 def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...] = ()) -> None:
