@@ -39,11 +39,14 @@ FLAGS = """
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, or of a .gz of one, that are not empty."""
+    """The lines of a text file, or of a .gz of one, that are not blank.
+
+    Only a newline ends a line: Unicode's other line breaks may stand in a caption, as spaces.
+    """
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()
+        with opened(path, "rb") as file:
+            lines = file.read().decode("utf-8-sig").split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text, a prompt a line ({error})") from None
     prompts = [" ".join(line.split()) for line in lines if line.strip()]

@@ -193,6 +193,20 @@ def test_prompts_of_our_own():
     assert all(10 < len(prompt) < 90 and prompt == prompt.strip() for prompt in prompts)
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["captions.txt", "captions.txt.gz"])
+def test_a_caption_may_hold_other_line_breaks(tmp_path, name, newline):
+    """Pair k has line k: only a newline ends it; blank lines do not count."""
+    breaks = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"
+    captions = [f"a{c}cat{c}" for c in breaks]
+    text = "\ufeff" + newline.join(["", *captions, " \t", "a dog"])
+    write = gzip.open if name.endswith(".gz") else open
+    with write(tmp_path / name, "wb") as file:
+        file.write(text.encode())
+    prompts = make_pairs.read_prompts(tmp_path / name)
+    assert prompts == ["a cat"] * len(breaks) + ["a dog"]
+
+
 # --------------------------------------------------------------------------------------------------
 # Training
 
