@@ -111,6 +111,14 @@ def draw_preview(path: Path, shard: Path, teacher: Teacher, device: torch.device
     save_grid(path, images, math.isqrt(len(y)), scale=max(1, 64 // images.shape[-1]))
 
 
+def report_too_long(cut_off: dict[str, str], ranks: Ranks) -> None:
+    """Print how many prompts of all ranks were too long, and what one of rank 0's has lost."""
+    number = ranks.count * ranks.mean(torch.tensor(len(cut_off), dtype=torch.float64)).item()
+    if ranks.rank == 0 and number:
+        example = f": {next(iter(cut_off.values()))!r}, for example" if cut_off else ""
+        print(f"{number:.0f} prompts were too long, and their ends are cut off{example}")
+
+
 def main(config: Workload) -> None:
     """Solve the teacher's ODE for every missing shard; ranks take turns."""
     prompts = read_prompts(Path(config.prompts)) if config.latent else []
@@ -131,6 +139,8 @@ def main(config: Workload) -> None:
         for path, indices in mine:
             write_tensors(path, *make_shard(indices, config, teacher, prompts, ranks, bar))
     ranks.barrier()
+    if config.latent:
+        report_too_long(teacher.sd.tokenizer.too_long, ranks)
     if ranks.rank == 0:
         first_shard, _ = shards(out, meta)[0]
         draw_preview(out / "preview.png", first_shard, teacher, ranks.device)

@@ -118,6 +118,9 @@ def main(config: Config) -> None:
             f"{times[0]:.2f} ms per image; student, 1 evaluation: {times[1]:.2f} ms per image; "
             f"{times[0] / times[1]:.1f} times faster"
         )
+    if latent:
+        for cut_off in teacher.sd.tokenizer.too_long.values():
+            print(f"a prompt is too long for the text encoder: {cut_off!r} is cut off")
     where = write_pictures(Path(config.out), bands, seeds, config.columns)
     print(
         f"wrote {where}: {len(seeds)} images of {workload.dataset} from {path} "

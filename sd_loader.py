@@ -23,7 +23,6 @@ released weights load strictly and a distilled UNet's weights are a drop-in repl
 """
 
 import math
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -330,6 +329,8 @@ class CLIPTokenizer:
     The text is composed (NFC) and lower-cased; cut into runs of letters, single digits, runs of
     other signs and a few English endings; and each piece's UTF-8 bytes are merged by the ranked
     list of pairs. There is no unknown word.
+
+    `too_long` keeps every prompt that did not fit, and what was cut off from it.
     """
 
     START, END, ROOM = "<|startoftext|>", "<|endoftext|>", 75
@@ -349,9 +350,10 @@ class CLIPTokenizer:
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
         self.bpe.add_special_tokens([self.START, self.END])  # as such where a prompt has them
+        self.too_long = {}
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        """Prompts -> ids (B, 77) long. Warns of a prompt that is too long: what is cut off."""
+        """Prompts -> ids (B, 77) long."""
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, not one string")
         rows = []
@@ -360,11 +362,7 @@ class CLIPTokenizer:
             ids = [self.start, *encoding.ids[: self.ROOM], self.end]
             rows.append(ids + [self.end] * (self.ROOM + 2 - len(ids)))
             if len(encoding.ids) > self.ROOM:
-                warnings.warn(
-                    f"a prompt has {len(encoding.ids)} tokens, the text encoder takes {self.ROOM}; "
-                    f"cut off: {prompt[encoding.offsets[self.ROOM][0] :]!r}",
-                    stacklevel=2,
-                )
+                self.too_long[prompt] = prompt[encoding.offsets[self.ROOM][0] :]
         return torch.tensor(rows, dtype=torch.long).reshape(-1, self.ROOM + 2)
 
 
