@@ -57,17 +57,9 @@ def read_prompts(path: Path) -> list[str]:
 
 def describe(config: Workload, record: dict[str, str]) -> dict:
     """meta.json: everything that determines the pairs."""
-    meta = {
-        "dataset": config.dataset,
-        "teacher": record,
-        "solver": config.solver,
-        "steps": config.solver_steps,
-        "guidance": config.guidance,
-        "amp": config.solver_amp,
-        "seed": config.seed,
-        "num_pairs": config.num_pairs,
-        "shard_size": config.shard_size,
-    }
+    meta = {"dataset": config.dataset, "teacher": record, "solver": config.solver}
+    meta |= {"steps": config.solver_steps, "guidance": config.guidance, "amp": config.solver_amp}
+    meta |= {"seed": config.seed, "num_pairs": config.num_pairs, "shard_size": config.shard_size}
     if config.latent:
         prompts = Path(config.prompts)
         meta["prompts"] = {"name": prompts.name, "sha256": file_hash(prompts)}

@@ -41,7 +41,6 @@ from plumbing.downloads import find_on_hub
 from plumbing.files import load_strictly, one_line_errors, read_json, read_tensors, torch_load
 from plumbing.options import UserError
 
-SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TAESD_REPO = "madebyollin/taesd"
 
 # The fields of the config files that are read, as they are in SD v1.5. A folder's own values win.
@@ -391,7 +390,6 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = dict(config)
         width, hidden = config["hidden_size"], config["intermediate_size"]
         count, heads = config["num_hidden_layers"], config["num_attention_heads"]
         layers = nn.Sequential(*(TextLayer(width, hidden, heads) for _ in range(count)))
@@ -484,11 +482,10 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        width, layers = config["decoder_block_out_channels"][0], []
+        width = config["decoder_block_out_channels"][0]
+        layers = [conv3x3(4, width), nn.ReLU()]
         for level, count in enumerate(config["num_decoder_blocks"]):
-            if level == 0:
-                layers += [conv3x3(4, width), nn.ReLU()]
-            else:
+            if level > 0:
                 layers += [nn.Upsample(scale_factor=2), conv3x3(width, width, bias=False)]
             layers += [TinyBlock(width) for _ in range(count)]
         self.decoder = named({"layers": nn.Sequential(*layers, conv3x3(width, 3))})
@@ -620,8 +617,7 @@ NETWORKS = {"unet": UNet, "text_encoder": TextEncoder, "vae": VAEDecoder, "tiny_
 
 
 def load_sd(
-    source: str | Path = SD15_REPO,
-    parts: Sequence[str] = ("unet", "text_encoder", "vae"),
+    source: str | Path, parts: Sequence[str] = ("unet", "text_encoder", "vae")
 ) -> StableDiffusion:
     """Load Stable Diffusion v1.x, every network in eval mode, all but the UNet frozen.
 
@@ -640,8 +636,7 @@ def load_sd(
 
 
 def load_network(part: str, source: str | Path, config: dict | None = None) -> nn.Module:
-    """Load one network: built without memory, then given the file's tensors as its parameters, in
-    float32.
+    """Load one network in float32: built without memory, then given the file's tensors.
 
     Args:
         part: a key of NETWORKS.
