@@ -1,6 +1,6 @@
 """What half precision costs Stable Diffusion's UNet, and whether fp16 overflows in it.
 
-    python benchmarks/precision.py                         full size: an hour or more on a CPU
+    python benchmarks/precision.py                         full size: 20 minutes on a CPU core
     python benchmarks/precision.py --width 32 --size 16    a small one, in seconds
 
 One sample in float32, then in bf16 and fp16: by autocast, as G and mu_fake compute, and with the
