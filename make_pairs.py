@@ -39,11 +39,14 @@ FLAGS = """
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, or of a .gz of one, that are not empty."""
+    """The lines of a text file, or of a .gz of one, that are not blank.
+
+    Only a newline ends a line: Unicode's other line breaks may stand in a caption, as spaces.
+    """
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()
+        with opened(path, "rb") as file:
+            lines = file.read().decode("utf-8-sig").split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text, a prompt a line ({error})") from None
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
@@ -54,17 +57,9 @@ def read_prompts(path: Path) -> list[str]:
 
 def describe(config: Workload, record: dict[str, str]) -> dict:
     """meta.json: everything that determines the pairs."""
-    meta = {
-        "dataset": config.dataset,
-        "teacher": record,
-        "solver": config.solver,
-        "steps": config.solver_steps,
-        "guidance": config.guidance,
-        "amp": config.solver_amp,
-        "seed": config.seed,
-        "num_pairs": config.num_pairs,
-        "shard_size": config.shard_size,
-    }
+    meta = {"dataset": config.dataset, "teacher": record, "solver": config.solver}
+    meta |= {"steps": config.solver_steps, "guidance": config.guidance, "amp": config.solver_amp}
+    meta |= {"seed": config.seed, "num_pairs": config.num_pairs, "shard_size": config.shard_size}
     if config.latent:
         prompts = Path(config.prompts)
         meta["prompts"] = {"name": prompts.name, "sha256": file_hash(prompts)}
@@ -108,6 +103,14 @@ def draw_preview(path: Path, shard: Path, teacher: Teacher, device: torch.device
     save_grid(path, images, math.isqrt(len(y)), scale=max(1, 64 // images.shape[-1]))
 
 
+def report_too_long(cut_off: dict[str, str], ranks: Ranks) -> None:
+    """Print how many prompts of all ranks were too long, and what one of rank 0's has lost."""
+    number = ranks.count * ranks.mean(torch.tensor(len(cut_off), dtype=torch.float64)).item()
+    if ranks.rank == 0 and number:
+        example = f": {next(iter(cut_off.values()))!r}, for example" if cut_off else ""
+        print(f"{number:.0f} prompts were too long, and their ends are cut off{example}")
+
+
 def main(config: Workload) -> None:
     """Solve the teacher's ODE for every missing shard; ranks take turns."""
     prompts = read_prompts(Path(config.prompts)) if config.latent else []
@@ -128,6 +131,8 @@ def main(config: Workload) -> None:
         for path, indices in mine:
             write_tensors(path, *make_shard(indices, config, teacher, prompts, ranks, bar))
     ranks.barrier()
+    if config.latent:
+        report_too_long(teacher.sd.tokenizer.too_long, ranks)
     if ranks.rank == 0:
         first_shard, _ = shards(out, meta)[0]
         draw_preview(out / "preview.png", first_shard, teacher, ranks.device)

@@ -1,14 +1,14 @@
 """Draw pictures with the one-step generator.
 
-    python sample.py                          the last run's generator, or the one that is shipped
+    python sample.py                          the newest run's generator, else the shipped one
     python sample.py --teacher                beside the teacher's many steps from the same noise
     python sample.py --labels 3 --seeds 7-46 --out threes.png
     python sample.py --checkpoint runs/sd15 --prompt "a red bicycle" "a lighthouse" --seeds 0-3
 
-Image s is a function of its seed and its label or prompt alone; its noise occurs in no training. A
-CPU is enough for MNIST. The times that --teacher prints are those from what a user gives to what he
-sees: text to image, where there is text, so that Stable Diffusion's text encoder and decoder count,
-both with the teacher and with the student. The last line it prints:
+Of one generator, image s is a function of its seed and its label or prompt alone; its noise occurs
+in no training. A CPU is enough for MNIST. --teacher prints the time per image of both; for Stable
+Diffusion it is from text to image: the text encoder and the decoder count. The last line it
+prints, after MNIST's default run:
 
     wrote samples.png: 100 images of mnist from runs/mnist/generator.safetensors (step 900)
 """
@@ -36,8 +36,8 @@ class Config(Options):
 
     checkpoint: str | None = option(
         None,
-        "a run folder, a generator's file (for sd15 also others' UNets), https://... or "
-        "hf://owner/repo/file (default: the last run's, or the shipped one)",
+        "a run folder, a generator's file (others' too), https://... or hf://owner/repo/file "
+        "(default: the newest run's, else the shipped one)",
     )
     prompt: tuple[str, ...] = option((), "sd15: one or several, cycled over the images")
     labels: str | None = option(None, "classes, cycled over the images: 7 or 0-9 (default: all)")
@@ -46,7 +46,7 @@ class Config(Options):
     columns: int = option(10, "images per row of the grid", least=1)
     teacher: bool = option(False, "put the teacher's result above each image, and time both")
     teacher_weights: str | None = option(
-        None, "teacher (default: the dataset's own); of sd15 its text encoder and VAE serve G too"
+        None, "default: the dataset's own; of sd15 its text encoder and decoder serve G too"
     )
     guidance: float | None = option(None, "sd15: of the teacher (default: the dataset's)", above=0)
     steps: int | None = option(None, "of the teacher's solver (default: the dataset's)", least=1)
@@ -120,12 +120,13 @@ def main(config: Config) -> None:
             f"{times[0]:.2f} ms per image; student, 1 evaluation: {times[1]:.2f} ms per image; "
             f"{times[0] / times[1]:.1f} times faster"
         )
+    if latent:
+        for cut_off in teacher.sd.tokenizer.too_long.values():
+            print(f"a prompt is too long for the text encoder: {cut_off!r} is cut off")
     where = write_pictures(Path(config.out), bands, seeds, config.columns)
-    print(
-        f"wrote {where}: {len(seeds)} images of {workload.dataset} from {path} "
-        f"(step {metadata.get('step', '?')})"
-        + (", teacher above student" if config.teacher else "")
-    )
+    source = f"{path} (step {metadata.get('step', '?')})"
+    source += ", teacher above student" if config.teacher else ""
+    print(f"wrote {where}: {len(seeds)} images of {workload.dataset} from {source}")
 
 
 def parse_numbers(text: str, name: str) -> list[int]:
@@ -152,9 +153,7 @@ def choose_condition(
     if classes:
         cycle = parse_numbers(config.labels or f"0-{classes - 1}", "labels")
         if max(cycle) >= classes:
-            raise UserError(
-                f"--labels {config.labels}: out of range; the classes are 0-{classes - 1}"
-            )
+            raise UserError(f"--labels {config.labels}: out of range 0-{classes - 1}")
     elif not workload.latent:
         return None
     elif not cycle or not all(prompt.strip() for prompt in cycle):

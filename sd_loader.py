@@ -23,7 +23,6 @@ released weights load strictly and a distilled UNet's weights are a drop-in repl
 """
 
 import math
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -41,7 +41,6 @@ from plumbing.downloads import find_on_hub
 from plumbing.files import load_strictly, one_line_errors, read_json, read_tensors, torch_load
 from plumbing.options import UserError
 
-SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TAESD_REPO = "madebyollin/taesd"
 
 # The fields of the config files that are read, as they are in SD v1.5. A folder's own values win.
@@ -213,6 +212,16 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def in_float32(layers: nn.Module, x: Tensor) -> Tensor:
+    """layers(x) in float32 whatever autocast and the weights' dtype, for the first and last layers.
+
+    What is rounded in eps counts sigma / alpha = 14.6 times in x at t = 999.
+    """
+    weights = {name: weight.float() for name, weight in layers.named_parameters()}
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        return functional_call(layers, weights, x.float())
+
+
 class UNet(nn.Module):
     """eps(x_t, t, text): predicts the noise in x_t. For SD v1.5, 859,520,964 parameters:
 
@@ -282,8 +291,8 @@ class UNet(nn.Module):
         """
         x = self.conv_in(x.to(self.conv_in.weight.dtype))
         text = text.to(x.dtype)
-        emb = timestep_embedding(t, self.conv_in.out_channels).to(x.dtype)
-        emb = F.silu(self.time_embedding(emb))
+        emb = in_float32(self.time_embedding, timestep_embedding(t, self.conv_in.out_channels))
+        emb = F.silu(emb).to(x.dtype)
 
         skips = [x]
         for stage in self.down_blocks:
@@ -299,12 +308,7 @@ class UNet(nn.Module):
                 x = self.run(stage.layer, i, x, emb, text, skips.pop())
             x = stage.resample(x)
 
-        x = F.silu(self.conv_norm_out(x))
-        kind = "cpu" if x.is_meta else x.device.type
-        with torch.autocast(kind, enabled=False):
-            # In float32 always: what is rounded here counts 14.6 times at t = 999, alpha = 0.068.
-            weight, bias = self.conv_out.weight.float(), self.conv_out.bias.float()
-            return F.conv2d(x.float(), weight, bias, padding=1)
+        return in_float32(self.conv_out, F.silu(self.conv_norm_out(x)))
 
     def run(self, layer: Callable, *inputs) -> Tensor:
         """layer(*inputs), with or without keeping its activations for the backward pass."""
@@ -324,6 +328,8 @@ class CLIPTokenizer:
     The text is composed (NFC) and lower-cased; cut into runs of letters, single digits, runs of
     other signs and a few English endings; and each piece's UTF-8 bytes are merged by the ranked
     list of pairs. There is no unknown word.
+
+    `too_long` keeps every prompt that did not fit, and what was cut off from it.
     """
 
     START, END, ROOM = "<|startoftext|>", "<|endoftext|>", 75
@@ -343,9 +349,10 @@ class CLIPTokenizer:
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
         self.bpe.add_special_tokens([self.START, self.END])  # as such where a prompt has them
+        self.too_long = {}
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        """Prompts -> ids (B, 77) long. Warns of a prompt that is too long: what is cut off."""
+        """Prompts -> ids (B, 77) long."""
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, not one string")
         rows = []
@@ -354,11 +361,7 @@ class CLIPTokenizer:
             ids = [self.start, *encoding.ids[: self.ROOM], self.end]
             rows.append(ids + [self.end] * (self.ROOM + 2 - len(ids)))
             if len(encoding.ids) > self.ROOM:
-                warnings.warn(
-                    f"a prompt has {len(encoding.ids)} tokens, the text encoder takes {self.ROOM}; "
-                    f"cut off: {prompt[encoding.offsets[self.ROOM][0] :]!r}",
-                    stacklevel=2,
-                )
+                self.too_long[prompt] = prompt[encoding.offsets[self.ROOM][0] :]
         return torch.tensor(rows, dtype=torch.long).reshape(-1, self.ROOM + 2)
 
 
@@ -387,7 +390,6 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = dict(config)
         width, hidden = config["hidden_size"], config["intermediate_size"]
         count, heads = config["num_hidden_layers"], config["num_attention_heads"]
         layers = nn.Sequential(*(TextLayer(width, hidden, heads) for _ in range(count)))
@@ -480,11 +482,10 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        width, layers = config["decoder_block_out_channels"][0], []
+        width = config["decoder_block_out_channels"][0]
+        layers = [conv3x3(4, width), nn.ReLU()]
         for level, count in enumerate(config["num_decoder_blocks"]):
-            if level == 0:
-                layers += [conv3x3(4, width), nn.ReLU()]
-            else:
+            if level > 0:
                 layers += [nn.Upsample(scale_factor=2), conv3x3(width, width, bias=False)]
             layers += [TinyBlock(width) for _ in range(count)]
         self.decoder = named({"layers": nn.Sequential(*layers, conv3x3(width, 3))})
@@ -616,8 +617,7 @@ NETWORKS = {"unet": UNet, "text_encoder": TextEncoder, "vae": VAEDecoder, "tiny_
 
 
 def load_sd(
-    source: str | Path = SD15_REPO,
-    parts: Sequence[str] = ("unet", "text_encoder", "vae"),
+    source: str | Path, parts: Sequence[str] = ("unet", "text_encoder", "vae")
 ) -> StableDiffusion:
     """Load Stable Diffusion v1.x, every network in eval mode, all but the UNet frozen.
 
@@ -636,8 +636,7 @@ def load_sd(
 
 
 def load_network(part: str, source: str | Path, config: dict | None = None) -> nn.Module:
-    """Load one network: built without memory, then given the file's tensors as its parameters, in
-    float32.
+    """Load one network in float32: built without memory, then given the file's tensors.
 
     Args:
         part: a key of NETWORKS.

@@ -151,10 +151,7 @@ def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
     net = load_edm(path, ARCHITECTURES)
     takes, given = images_of(net.kwargs), images_of(workload.network)
     if takes != given:
-        raise UserError(
-            f"{path} is a network for {takes}, but {workload.dataset} is {given}; "
-            "choose the right file"
-        )
+        raise UserError(f"{path} is a network for {takes}, but {workload.dataset} is {given}")
     return EDMTeacher(net, {"name": path.name, "sha256": file_hash(path)})
 
 
@@ -208,9 +205,7 @@ def load_generator(source: str | Path) -> tuple[OneStepGenerator, dict[str, str]
     path = fetch(str(source))
     if is_sd_unet(path):
         metadata = read_header(path)[1] if file_format(path) == "safetensors" else {}
-        config = json.loads(
-            metadata.get("kwargs", "null")
-        )  # None: of the file beside, or SD v1.5's
+        config = json.loads(metadata.get("kwargs", "null"))  # None: as beside, or SD v1.5's
         mu = SDDenoiser(load_network("unet", path, config).requires_grad_(False))
         metadata = {"role": "generator", "dataset": "sd15"} | metadata
     else:

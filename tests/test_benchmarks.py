@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, fails_in_one_line, run
 
 from plumbing.options import UserError
+from sd_loader import sd_noise_table
 from workloads import WORKLOADS
 
 
@@ -33,7 +34,24 @@ def test_step_by_command(tmp_path):
     assert 0.1 < found["GiB"] < 16
 
 
+def test_precision_of_a_small_unet(tmp_path, capsys):
+    precision, numbers = load("precision"), tmp_path / "numbers.json"
+    precision.main(precision.Config(width=32, size=8, device="cpu", json=str(numbers)))
+    found, table = json.loads(numbers.read_text()), capsys.readouterr().out
+    rows = [line.split(" | ")[0] for line in table.splitlines()[2:-1]]
+    assert rows == [f"| {name}" for name in found]
+    assert list(found) == ["off", "bf16", "bf16, weights too", "fp16", "fp16, weights too"]
+    alpha, sigma = (noise[999].item() for noise in sd_noise_table())
+    for name, row in found.items():
+        assert row["largest"] == pytest.approx(found["off"]["largest"], rel=0.05)
+        if name != "off":  # 8 bits of precision, or 11
+            least, most = (0.002, 0.05) if name.startswith("bf16") else (0.0002, 0.005)
+            assert least < row["eps"] < most and least < row["mu_real"] / 14.6 < 4 * most
+            assert row["x"] == pytest.approx(sigma / alpha * row["eps"])
+
+
 def test_bad_options_by_command(run_here):
+    fails_in_one_line(run_here("benchmarks/precision.py", "--size", 12), "--size", "multiple of 8")
     fails_in_one_line(
         run_here("benchmarks/step.py", "--resolution", 30), "resolution", "multiple of 4"
     )
