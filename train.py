@@ -98,8 +98,9 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
     for network in (G, mu_fake):
         network.to(device=ranks.device, memory_format=torch.channels_last)
     teacher.to(ranks.device, amp)
-    # LPIPS has no half precision, but its convolutions may be TF32 where speed is the aim.
-    torch.backends.cudnn.allow_tf32 = amp != "off"
+    # LPIPS has no half precision, but its convolutions may be TF32 where speed is the aim; not with
+    # sd15, whose UNet ends in a convolution that has to be float32.
+    torch.backends.cudnn.allow_tf32 = amp != "off" and not config.latent
     how = dict(
         steps=config.steps, warmup=config.warmup, decay=config.lr_decay, betas=config.betas,
         weight_decay=config.weight_decay, grad_clip=config.grad_clip, fp16=config.amp == "fp16",
