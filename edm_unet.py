@@ -175,8 +175,7 @@ def build_unet(
 
 
 def initialise(net: nn.Module, output_scale: float) -> None:
-    """Xavier-uniform weights, zero biases; residual branches and the output start at ~zero, by the
-    factor output_scale on every `conv1`, `proj` and output convolution."""
+    """Xavier-uniform weights, zero biases; residual branches and the output start at ~zero."""
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)
