@@ -178,6 +178,9 @@ def l2_distance(x: Tensor, y: Tensor) -> Tensor:
 def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> Tensor:
     """Section 3.3's distance; images smaller than VGG's training size are upsampled bilinearly.
 
+    The paper takes PIQ's LPIPS "following Song et al.", who have average pooling in the VGG; it
+    does not say whether DMD has. The network of teachers.load_lpips has VGG's own max pooling.
+
     Args:
         network: LPIPS (Zhang et al. 2018, arXiv 1801.03924), frozen, for RGB images in [-1, 1].
         x, y: images (B, 1 or 3, H, W). They are not clamped: that would stop the gradient where

@@ -113,7 +113,8 @@ class UNetBlock(nn.Module):
         b, c, h, w = x.shape
         # The channels of qkv count (head, channel, q/k/v), q/k/v fastest.
         qkv = self.qkv(self.norm2(x)).reshape(b, self.num_heads, c // self.num_heads, 3, h * w)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2)  # 3 x (B, heads, HW, C/heads)
+        # Every fused kernel wants consecutive channels; without one, HW x HW matrices are kept.
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # 3 x (B, heads, HW, C/heads)
         a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C/heads)
         return self.proj(a.transpose(2, 3).reshape(b, c, h, w))
 
@@ -174,8 +175,7 @@ def build_unet(
 
 
 def initialise(net: nn.Module, output_scale: float) -> None:
-    """Xavier-uniform weights, zero biases; residual branches and the output start at ~zero, by the
-    factor output_scale on every `conv1`, `proj` and output convolution."""
+    """Xavier-uniform weights, zero biases; residual branches and the output start at ~zero."""
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -1,13 +1,15 @@
 """What the paper's runs cost, from arithmetic alone: no weights, no GPU.
 
     python benchmarks/cost.py
-    python benchmarks/cost.py --tflops 989 --utilisation 0.4        H100, dense bfloat16
+    python benchmarks/cost.py --tflops 989 --tflops-float32 67      H100
 
 Every network is built on the meta device (no memory) and its floating-point operations are counted.
 A step costs 11 forwards of B images when B images are paired and B are not (benchmarks/step.py says
 why), in general 3 (B + R) for G, and 5 for mu_real and mu_fake on the K images of the KL gradient;
 guidance doubles mu_real; LPIPS costs 3 forwards of VGG on R images. Gradient checkpointing adds one
-forward of G and of mu_fake. "GPU days" are for one GPU at the given share of its peak.
+forward of G and of mu_fake. Days are of one GPU at the given share of its peak: half precision's,
+but float32's for the pairs of the EDM datasets, which make_pairs.py computes without --amp. (LPIPS
+is float32 too, whose convolutions a GPU may do by TF32, at a rate between the two: not counted.)
 """
 
 import sys
@@ -33,6 +35,7 @@ class Config(Options):
     tflops: float = option(
         312.0, "peak of the GPU, 10^12 operations per second (A100, bfloat16)", above=0
     )
+    tflops_float32: float = option(19.5, "its peak in float32, without TF32 (A100)", above=0)
     utilisation: float = option(0.4, "share of the peak that is reached", above=0)
 
 
@@ -82,16 +85,19 @@ def pairs_flops(workload: Workload, forward: int) -> int:
 
 def main(config: Config) -> None:
     """Print the table."""
-    per_day = config.tflops * 1e12 * config.utilisation * 86400
-    print(f"{config.tflops:g} TFLOP/s at {config.utilisation:.0%}")
+    per_day = 1e12 * config.utilisation * 86400  # operations, for each TFLOP/s of the peak
+    peaks = f"{config.tflops:g} TFLOP/s (float32: {config.tflops_float32:g})"
+    print(f"{peaks} at {config.utilisation:.0%}")
     print(f"{'':16}{'forward':>12}{'step':>12}{'steps':>9}{'pairs':>12}{'training':>12}")
     for dataset, workload in WORKLOADS.items():
         forward = forward_flops(dataset)
         step = step_flops(workload, forward)
-        days = [pairs_flops(workload, forward) / per_day, step * workload.steps / per_day]
+        peak = config.tflops if workload.latent else config.tflops_float32  # for the pairs
+        pairs_days = pairs_flops(workload, forward) / (peak * per_day)
+        training_days = step * workload.steps / (config.tflops * per_day)
         print(
             f"{dataset:16}{forward / 1e9:8.1f} GFLOP{step / 1e12:6.1f} TFLOP{workload.steps:9d}"
-            + "".join(f"{value:7.2f} days" for value in days)
+            f"{pairs_days:7.2f} days{training_days:7.2f} days"
         )
 
 

@@ -52,24 +52,15 @@ def load_classifier(device: torch.device) -> nn.Module:
 
 
 def class_diversity(images: Tensor, labels: Tensor) -> float:
-    """Mean Euclidean distance between two images of a class, averaged over the classes.
-
-    Args:
-        images: (N, C, H, W); labels: (N,) long, at least two images of each class that occurs.
-    """
+    """Mean Euclidean distance between two images (N, C, H, W) of a class, averaged over the classes
+    of labels (N,) long."""
     by_class = [images[labels == label].flatten(1).double() for label in labels.unique()]
     return float(torch.stack([pdist(of_class).mean() for of_class in by_class]).mean())
 
 
 def measure(images: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
-    """The three figures that evaluate.py explains, and the number of images.
-
-    Args:
-        images: (N, 1, 28, 28) in [-1, 1]; labels: (N,) long, what they were made for.
-
-    Returns:
-        "fd", "accuracy" (0 .. 1), "diversity" (1 = the test images'), "samples" (N).
-    """
+    """The three figures that evaluate.py explains, of images (N, 1, 28, 28) in [-1, 1] made for
+    labels (N,) long: "fd", "accuracy" (0 .. 1), "diversity" (1 = the test images'); and N."""
     classifier, (statistics, _) = load_classifier(device), read_tensors(STATISTICS)
     features, logits = classify(classifier, images, device)
     mean, covariance = mean_and_covariance(features)
@@ -88,8 +79,6 @@ def load_mnist(folder: str, train: bool) -> tuple[Tensor, Tensor]:
     try:
         data = MNIST(folder, train=train, download=True)
     except (OSError, RuntimeError, ValueError) as error:
-        text = (
-            f"put MNIST's four files into {folder}/MNIST/raw: they are neither there nor to be had"
-        )
+        text = f"put MNIST's four files into {folder}/MNIST/raw: they cannot be downloaded"
         raise UserError(one_line(f"{text} ({error})")) from None
     return data.data[:, None].float() / 127.5 - 1, torch.as_tensor(data.targets)

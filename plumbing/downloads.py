@@ -51,10 +51,8 @@ def fetch(source: str) -> Path:
 def find_on_hub(repo: str, names: Sequence[str]) -> Path:
     """The first of these files of a Hub's repository that is in its local cache or can be had."""
     if repo.count("/") != 1 or not all(names):
-        raise UserError(
-            f"{repo} is neither a folder here nor a Hub repository (owner/name); a file of one is "
-            "hf://owner/name/file"
-        )
+        what = "neither a folder here nor a Hub repository (owner/name)"
+        raise UserError(f"{repo} is {what}; a file of one is hf://owner/name/file")
     offline = False
     for name in names:
         try:
@@ -64,12 +62,10 @@ def find_on_hub(repo: str, names: Sequence[str]) -> Path:
         except errors.EntryNotFoundError as error:
             offline = isinstance(error, errors.LocalEntryNotFoundError)  # do not wait for it again
         except (OSError, ValueError) as error:  # no such name, no such repository, a full disk
-            raise UserError(
-                one_line(f"{repo} is no folder here, and the Hub says: {error}", 300)
-            ) from None
-    raise UserError(
-        f"{repo} holds none of {', '.join(names)}; it is no folder here, and is there a network?"
-    )
+            said = one_line(f"{repo} is no folder here, and the Hub says: {error}", 300)
+            raise UserError(said) from None
+    what = f"{repo} holds none of {', '.join(names)}"
+    raise UserError(f"{what}; it is no folder here, and is there a network?")
 
 
 def download(url: str, path: Path, sha256: str = "") -> None:

@@ -1,9 +1,7 @@
 """Read EDM weights from other people's files, without running anything in them.
 
-Four formats are told apart by their first bytes: NVIDIA's released `.pkl` files, torch.save's two
-(zip, and the older one), and safetensors. All but the last are pickles, and a pickle is a program:
-it names functions and calls them. NVIDIA's even carry the source of their networks, to be executed.
-None of that is needed for a table of numbers. Here
+All but safetensors are pickles, and a pickle is a program: it names functions and calls them.
+NVIDIA's even carry the source of their networks, to be executed. Here
 
     stand_ins   is the table of names that such a pickle may use, with harmless things of our own
                 in their places; no other name is resolved
@@ -71,23 +69,21 @@ def file_format(path: Path) -> str:
             head = file.read(64)
         if head.startswith(b"PK\x03\x04") or MAGIC in head[:16]:
             return "torch"
-        # First the length of a header: its low byte may well be the one that opens a pickle.
+        # The length of a header comes first: its low byte may be the one that opens a pickle.
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
             return "safetensors"
         if head.startswith(b"\x80"):
             return "pickle"
         if head.lstrip().startswith(b"<"):
             raise UserError("it is a web page, not weights; open its address in a browser")
-        raise UserError(
-            "it is neither an EDM pickle nor a file of torch.save nor safetensors: "
-            f"it begins with {head[:9]!r}"
-        )
+        kinds = "neither an EDM pickle nor a file of torch.save nor safetensors"
+        raise UserError(f"it is {kinds}: it begins with {head[:9]!r}")
 
 
 def sampling_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under EDMPrecond's names: without what wrappers put before them (DDP's
-    `module.`; DMD2's `feedforward_model.`, beside which other networks may be saved), and without
-    what sampling never uses: `map_augment`, and the `resample_filter`s, which must be 2x2 boxes."""
+    """A state dict under EDMPrecond's names, without what sampling never uses: `map_augment`, and
+    the `resample_filter`s, which must be 2x2 boxes."""
+    # DDP's wrapper, and DMD2's, beside which other networks may be saved.
     for wrapper in ("module.", "feedforward_model.", "module."):
         inside = {k.removeprefix(wrapper): v for k, v in stored.items() if k.startswith(wrapper)}
         stored = inside or stored

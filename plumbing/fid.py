@@ -36,7 +36,6 @@ INCEPTION_FILE = f"weights-inception-2015-12-05-{INCEPTION_HASH}.pth"
 INCEPTION_URL = (
     f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 )
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 # --------------------------------------------------------------------------------------------------
 # Seeds and features
@@ -45,15 +44,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 def seeded_inputs(
     seeds: Sequence[int], shape: tuple[int, ...], num_classes: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor | None]:
-    """What EDM's generate.py draws for the images with these seeds, on the device that samples.
-
-    Args:
-        shape: of one image, (C, H, W).
-        num_classes: 0 for an unconditional network.
-
-    Returns:
-        z (B, C, H, W) ~ N(0, I) and labels (B,) long, or None.
-    """
+    """What EDM's generate.py draws for the images with these seeds, on the device that samples:
+    z (B, *shape) ~ N(0, I), and labels (B,) long, None where num_classes is 0."""
     noises, labels = [], []
     for seed in seeds:
         generator = torch.Generator(device).manual_seed(seed % 2**32)
@@ -95,8 +87,7 @@ def feature_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean (D,) and covariance (D, D) of the features of all ranks' images, float64, on the CPU.
 
-    Sums of parts add up, so 50,000 images need no (50,000, D) features at once, and ranks share
-    the work. float64 bears the cancellation in the covariance.
+    Made of sums, so that neither batches nor ranks matter. float64 bears their cancellation.
 
     Args:
         batches: this rank's images, uint8 RGB (B, 3, H, W) of any size.
@@ -122,13 +113,11 @@ def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500).
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500), of means
+    (D,) and covariances (D, D) in float64.
 
     The trace of the root of C1 C2 is the sum of the roots of its eigenvalues, which are those of
     the symmetric C1^(1/2) C2 C1^(1/2).
-
-    Args:
-        means (D,), covariances (D, D), float64.
     """
     values, vectors = torch.linalg.eigh(cov_1)
     root_1 = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -168,7 +157,8 @@ def read_reference(
 def read_images(folder: Path, batch_size: int, ranks: Ranks) -> Iterator[Tensor]:
     """This rank's share of the PNG and JPEG images in a folder and the folders in it, batch by
     batch: uint8 (B, 3, H, W)."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    suffixes = (".png", ".jpg", ".jpeg")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     if len(files) < 2:
         raise UserError(f"{folder} holds {len(files)} PNG or JPEG images; FID needs at least 2")
     shape, share = read_image(files[0]).shape, ranks.share(len(files))

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import ROOT, fails_in_one_line, run
 
 from plumbing.options import UserError
@@ -69,6 +70,58 @@ def test_a_step_costs_eleven_forwards():
     # checkpointing one more forward of G and of mu_fake; all of them on B + R images.
     without_lpips = cost.step_flops(sd15, forward=10**12) - cost.step_flops(sd15, forward=0)
     assert without_lpips == 11 * (B + R) * 10**12
+
+
+def test_edms_pairs_are_counted_at_float32s_rate(monkeypatch, capsys):
+    cost = load("cost")
+    monkeypatch.setattr(cost, "forward_flops", lambda dataset: 10**13)
+
+    def days(**peaks) -> dict[str, list[float]]:
+        """Of the pairs and of the training, by dataset."""
+        cost.main(cost.Config(utilisation=1.0, **peaks))
+        lines = capsys.readouterr().out.splitlines()[2:]
+        return {
+            line.split()[0]: [float(n) for n in re.findall(r"([\d.]+) days", line)]
+            for line in lines
+        }
+
+    found = days(tflops=1000, tflops_float32=100)
+    assert found["cifar10"][0] == pytest.approx(100_000 * 35 * 1e13 / 100e12 / 86400, abs=0.01)
+    slower = days(tflops=1000, tflops_float32=10)
+    for dataset, (pairs, training) in found.items():
+        factor = 1 if dataset == "sd15" else 10
+        assert slower[dataset] == pytest.approx([factor * pairs, training], abs=0.06)
+
+
+def test_the_two_lpips_differ_in_the_pooling_alone():
+    """LPIPS by hand (Zhang et al. 2018, Eq. 1) is the package's with max pooling, for images in
+    [-1, 1], and with average pooling what pooling.py makes of that."""
+    from lpips import LPIPS
+
+    torch.manual_seed(0)
+    package = LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    x, y = 2 * torch.rand(2, 2, 3, 32, 32) - 1
+
+    def by_hand(pooling: torch.nn.Module) -> torch.Tensor:
+        mean = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)  # ImageNet's, of [0, 1]
+        std = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
+        f_x, f_y = (((image + 1) / 2 - mean) / std for image in (x, y))
+        distance = torch.zeros(2)
+        for number in range(1, 6):
+            for layer in getattr(package.net, f"slice{number}"):
+                layer = pooling if isinstance(layer, torch.nn.MaxPool2d) else layer
+                f_x, f_y = layer(f_x), layer(f_y)
+            unit_x, unit_y = (f / f.square().sum(1, keepdim=True).sqrt() for f in (f_x, f_y))
+            weights = package.lins[number - 1].model[-1].weight.flatten()
+            difference = (unit_x - unit_y).square().mean((2, 3))  # (B, C), over all pixels
+            distance += difference @ weights
+        return distance.reshape(2, 1, 1, 1)
+
+    with torch.no_grad():
+        ours, average = package(x, y), load("pooling").average_pooling(package)(x, y)
+        torch.testing.assert_close(by_hand(torch.nn.MaxPool2d(2)), ours, rtol=1e-5, atol=0)
+        torch.testing.assert_close(by_hand(torch.nn.AvgPool2d(2)), average, rtol=1e-5, atol=0)
+    assert ((average / ours - 1).abs() > 0.01).all()
 
 
 def test_ablation_measures_once_and_writes_its_table(tmp_path, pairs, monkeypatch, capsys):

@@ -63,6 +63,30 @@ def test_network_matches_golden_vectors(name):
     assert worst < 1e-5
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["song_int", "adm_int"])
+@torch.no_grad()
+def test_attention_fits_the_fused_kernels(name, layout, monkeypatch):
+    """All of them want consecutive channels; PyTorch falls back on HW x HW matrices without a word.
+    In either layout the result is the golden vectors'."""
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*qkv):
+        seen.extend(qkv)
+        return attend(*qkv)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    net, _, data = golden(name)
+    row = slice(2, 3)  # sigma = 1, where the network's output counts
+    x = data["x"][row].to(memory_format=layout)
+    output = net.to(memory_format=layout)(x, data["sigma"][row], data["labels"][row])
+    worst = (output - data["output"][row]).abs().max() / data["output"][row].abs().max()
+    assert worst < 1e-5
+    attending = [module for module in net.modules() if getattr(module, "num_heads", 0)]
+    assert len(seen) == 3 * len(attending) > 0
+    assert all(each.stride(-1) == 1 for each in seen)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["song_int", "adm_int"])
 def test_heun_trajectory_matches_golden_vectors(name):
