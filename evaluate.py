@@ -242,7 +242,7 @@ def measure_digits(config: Config, rows: list[Row], ranks: Ranks) -> dict[str, d
         images = torch.zeros(config.samples, *WORKLOADS["mnist"].image_shape)
         mine = torch.cat(list(draw(row, config, ranks)))
         images[share.start : share.stop] = mine.float() / 127.5 - 1
-        images = ranks.mean(images) * ranks.count  # the other ranks' are zero
+        images = ranks.sum(images)  # the other ranks' are zero
         if ranks.rank > 0:
             continue
         results[row.name] = found = measure(images, labels, ranks.device)

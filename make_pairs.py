@@ -105,10 +105,10 @@ def draw_preview(path: Path, shard: Path, teacher: Teacher, device: torch.device
 
 def report_too_long(cut_off: dict[str, str], ranks: Ranks) -> None:
     """Print how many prompts of all ranks were too long, and what one of rank 0's has lost."""
-    number = ranks.count * ranks.mean(torch.tensor(len(cut_off), dtype=torch.float64)).item()
+    number = ranks.sum(torch.tensor(len(cut_off))).item()
     if ranks.rank == 0 and number:
         example = f": {next(iter(cut_off.values()))!r}, for example" if cut_off else ""
-        print(f"{number:.0f} prompts were too long, and their ends are cut off{example}")
+        print(f"{number} prompts were too long, and their ends are cut off{example}")
 
 
 def main(config: Workload) -> None:

@@ -108,14 +108,17 @@ class Ranks:
         if self.rank == 0:
             self.barrier()
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over all ranks of a float tensor of equal shape, on every rank."""
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all ranks of a tensor of equal shape, on every rank."""
         if self.count > 1:
             x = x.clone()
             with others_alive():
                 dist.all_reduce(x)
-            x /= self.count
         return x
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over all ranks of a float tensor of equal shape, on every rank."""
+        return self.sum(x) / self.count
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. (A CPU tensor: the GPU need not be waited for.)"""

@@ -16,20 +16,15 @@ from plumbing.files import atomic_path, file_hash, one_line
 from plumbing.options import UserError
 
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
-EDM_NAMES = (
-    "edm-cifar10-32x32-cond-vp.pkl",
-    "edm-cifar10-32x32-uncond-vp.pkl",
-    "edm-imagenet-64x64-cond-adm.pkl",
-)
 
 
 def fetch(source: str) -> Path:
     """The local file for a path (returned as it is, existing or not), https://...,
-    hf://owner/repo/file, or a name in EDM_NAMES.
+    hf://owner/repo/file, or the name of one of EDM's released networks, edm-....pkl.
 
     What is downloaded is kept in $DMD_CACHE, else ~/.cache/dmd; the Hub has its own cache.
     """
-    if source in EDM_NAMES and not Path(source).exists():
+    if re.fullmatch(r"edm-[\w-]+\.pkl", source) and not Path(source).exists():
         source = EDM_URL + source
     if source.startswith("hf://"):
         owner, _, rest = source.removeprefix("hf://").partition("/")

@@ -101,7 +101,7 @@ def feature_statistics(
         count += len(features)
         total += features.sum(0)
         outer += features.T @ features
-    count, total, outer = ((ranks.mean(x) * ranks.count).cpu() for x in (count, total, outer))
+    count, total, outer = (ranks.sum(x).cpu() for x in (count, total, outer))
     mean = total / count
     return mean, (outer - torch.outer(total, mean)) / (count - 1)
 
