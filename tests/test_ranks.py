@@ -183,6 +183,22 @@ def test_batches_that_cannot_be_split(count, options, message):
         train.split_batch(get_workload(**{**OPTIONS, **options}), Ranks(0, count, ALONE.device))
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [((4, 5), (2,)), ((6, 7), (3,))]),
+        ({"lambda_dm": 0.0}, [((), (2,)), ((), (3,))]),
+        ({"lambda_reg": 0.0}, [((4, 5), ()), ((6, 7), ())]),
+        ({"lambda_reg": 0.0, "kl_on_pairs": True}, [((4, 5), (2,)), ((6, 7), (3,))]),
+    ],
+)
+def test_the_rows_of_the_second_of_two_ranks(options, expected):
+    """The second half, in two parts; what only serves a loss of weight 0 is left out."""
+    config = get_workload(**{"batch_size": 8, "batch_size_ref": 4, "accumulate": 2, **options})
+    parts = train.split_batch(config, Ranks(1, 2, ALONE.device))
+    assert [tuple(map(tuple, part)) for part in parts] == expected
+
+
 @pytest.mark.slow
 def test_a_failure_of_one_rank_ends_all(small, tmp_path):
     """Rank 0 finds something wrong while the other waits for it: one line says what, and nobody
