@@ -12,7 +12,7 @@ from conftest import pairs_config, small_network
 import make_pairs
 import train
 from plumbing.devices import Ranks
-from plumbing.optim import Learner
+from plumbing.optim import Learner, learning_rate
 from plumbing.pairs import Pairs
 from teachers import EDMTeacher
 from workloads import get_workload
@@ -127,6 +127,14 @@ def test_the_gradients_of_a_step(
     )
     way = (mean - old) @ (new - old) / (new - old).square().sum()
     assert way == pytest.approx(9 / 235, rel=0.01)
+
+
+@pytest.mark.parametrize("decay", ["none", "cosine"])
+def test_the_learning_rate_warms_up(decay):
+    """A quarter of the way after the first of four steps, whatever follows."""
+    rates = [learning_rate(k, 1000, 8.0, 4, decay) for k in range(5)]
+    assert rates == pytest.approx([2, 4, 6, 8, 8])
+    assert learning_rate(0, 1000, 8.0, 0, "none") == 8
 
 
 def test_the_gradient_is_clipped(teacher, tiny_pairs, tmp_path, monkeypatch):
