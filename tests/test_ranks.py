@@ -174,6 +174,7 @@ def test_accumulation_is_one_step(small, straight, teacher, tmp_path, monkeypatc
             {"accumulate": 4},
             "--batch-size 4 and --batch-size-ref 4 cannot be split evenly over 2 ranks and 4",
         ),
+        (2, {"batch_size": 3}, "--batch-size 3 and --batch-size-ref 4 cannot be split evenly"),
         (2, {"batch_size_ref": 3}, "--batch-size-ref 3 cannot be split evenly over 2 ranks"),
     ],
 )

@@ -138,15 +138,29 @@ def test_the_learning_rate_warms_up(decay):
 
 
 def test_the_gradient_is_clipped(teacher, tiny_pairs, tmp_path, monkeypatch):
-    """To --grad-clip's norm, each network's by itself: a tenth of it is AdamW's first moment."""
-    run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, grad_clip=0.03)
+    """To grad_clip's norm, each network's by itself: a fifth of it is AdamW's first moment."""
+    options = {"grad_clip": 0.03, "betas": (0.8, 0.99), "weight_decay": 0.02}
+    run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, **options)
     train.training_step(run, STEP)
     for learner, found in zip((run.G, run.mu_fake), gradients, strict=True):
         moments = [state["exp_avg"].flatten() for state in learner.optimizer.state.values()]
-        assert torch.cat(moments).norm() == pytest.approx(0.1 * 0.03, rel=1e-3)
+        assert torch.cat(moments).norm() == pytest.approx(0.2 * 0.03, rel=1e-3)
         whole = torch.cat([g.flatten() for g in found])
         assert whole.norm() > 0.1  # before
-        agree([torch.cat(moments) * whole.norm() / 0.003], [whole])
+        agree([torch.cat(moments) * whole.norm() / 0.006], [whole])
+        (group,) = learner.optimizer.param_groups
+        assert (group["weight_decay"], group["betas"]) == (0.02, (0.8, 0.99))
+
+
+def test_each_network_has_a_loss_scale_of_its_own(teacher, tiny_pairs, tmp_path, monkeypatch):
+    """Under fp16. The norms are those of the gradients, not of the scaled ones."""
+    run, _ = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, amp="fp16")
+    assert run.G.scaler.is_enabled() and run.mu_fake.scaler.is_enabled()
+    run.G.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    expected, _ = by_hand(run, lambda sigma, error: 1 / error, 0.2**0.25)
+    norms = torch.stack(train.training_step(run, STEP)[3:])
+    whole = [torch.cat([g.flatten() for g in side]).norm() for side in expected]
+    torch.testing.assert_close(norms, torch.stack(whole), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize(
