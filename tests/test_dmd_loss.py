@@ -123,6 +123,7 @@ def test_surrogate_gradient_is_algorithm_2s():
     x_t = x.detach() + dmd_loss.at(mu_real.sigma, t) * noise
     for mu in (mu_real, mu_fake):
         assert torch.equal(mu.calls[0][0], x_t) and torch.equal(mu.calls[0][1], t)
+        assert not mu.calls[0][0].requires_grad  # Algorithm 2's no_grad: no graph of the denoisers
     p_real, p_fake = mu_real(x_t, t), mu_fake(x_t, t)
     weight = (x.detach() - p_real).abs().mean(dim=(1, 2, 3), keepdim=True)
     grad = (p_fake - p_real) / weight
@@ -300,6 +301,12 @@ def test_lpips_sees_upsampled_unclamped_images(channels):
     assert [float(a.min()), float(a.max())] == pytest.approx([-3, 3])
     torch.testing.assert_close(ramp.grad.sum(), torch.tensor(1.0))  # nothing is lost
     assert (ramp.grad > 0).all() and y.grad is None
+
+
+def test_lpips_sees_large_images_as_they_are():
+    x, y = images = torch.randn(2, 1, 3, 8, 2)
+    seen = dmd_loss.lpips_distance(lambda *given: torch.stack(given), x, y, size=4)
+    assert torch.equal(seen, images)
 
 
 def test_sd_noise_table():

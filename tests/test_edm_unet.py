@@ -1,6 +1,7 @@
 """EDM's networks against golden vectors, parameter counts and closed-form ODEs."""
 
 import json
+import math
 import zlib
 from pathlib import Path
 
@@ -132,6 +133,14 @@ def test_noise_levels():
     assert len(sigma) == 1000 and (sigma.diff() > 0).all()
 
 
+class Recorder(torch.nn.Module):
+    """A network's stand-in, x / 2, that keeps what it was called with."""
+
+    def forward(self, x, noise_level, labels):
+        self.given = x, noise_level, labels
+        return x / 2
+
+
 class Gaussian:
     """The exact denoiser of N(mean, std^2), and its exact ODE map from sigma = 80 to 0.
 
@@ -170,6 +179,32 @@ def test_one_heun_step_is_the_untrained_generator():
     torch.testing.assert_close(heun_sample(net, z, steps=1), net(80 * z, 80.0).float())
 
 
+def test_heun_gives_the_labels_to_every_evaluation_and_builds_no_graph():
+    labels, seen = torch.tensor([3, 1]), []
+
+    def net(x, sigma, class_labels):
+        seen.append(class_labels)
+        return x * torch.ones((), requires_grad=True)
+
+    end = heun_sample(net, torch.randn(2, 1, 2, 2), labels, steps=3)
+    assert len(seen) == 5 and all(given is labels for given in seen)
+    assert end.dtype == torch.float32 and not end.requires_grad
+
+
+def test_the_denoiser_is_the_network_at_its_noise_table():
+    """Here of another sigma_max; the table is no part of the weights' file."""
+    mu = EDMDenoiser(Recorder(), sigma_max=40.0)
+    assert mu.z_scale == pytest.approx(40) and not mu.state_dict()
+    assert mu.alpha.tolist() == [1.0] * 1000
+    # EDM Eq. 5 with rho = 7.
+    ends = 0.002 ** (1 / 7), 40 ** (1 / 7)
+    x_t, t, cond = torch.randn(3, 1, 2, 2), torch.tensor([0, 333, 999]), torch.tensor([4, 1, 0])
+    assert torch.equal(mu(x_t, t, cond), x_t / 2)
+    assert mu.net.given[0] is x_t and mu.net.given[2] is cond
+    levels = [(ends[0] + i / 999 * (ends[1] - ends[0])) ** 7 for i in t.tolist()]
+    assert mu.net.given[1].tolist() == pytest.approx(levels, rel=1e-5)
+
+
 def test_karras_sigmas_has_no_appended_zero():
     sigmas = karras_sigmas(18)
     assert len(sigmas) == 18 and sigmas[0] == pytest.approx(0.002) and sigmas[-1] == 80
@@ -188,6 +223,29 @@ def test_labels_and_sigmas_in_every_form():
     no_class = net(x, 2.0, None)
     torch.testing.assert_close(no_class, net(x, 2.0, torch.zeros(3, 4)))
     assert not torch.allclose(no_class, reference)
+
+
+@pytest.mark.parametrize("label_dim", [0, 4])
+def test_the_preconditioning_is_table_1s(label_dim):
+    """With a sigma_data of its own, and whatever dtype the noisy images have."""
+    kwargs = dict(model_channels=4, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+    net = EDMPrecond(8, 1, label_dim, "SongUNet", sigma_data=0.7, **kwargs)
+    net.model = Recorder()
+    x, sigma = torch.randn(3, 1, 8, 8, dtype=torch.float64), [0.1, 1.0, 30.0]
+    found = net(x, torch.tensor(sigma), torch.tensor([0, 3, 1]))
+    inputs, c_noise, labels = net.model.given
+    for i, s in enumerate(sigma):
+        c_in, c_skip = 1 / math.sqrt(s**2 + 0.49), 0.49 / (s**2 + 0.49)
+        c_out = 0.7 * s / math.sqrt(s**2 + 0.49)
+        torch.testing.assert_close(inputs[i], (c_in * x[i]).float())
+        torch.testing.assert_close(found[i], ((c_skip + c_out * c_in / 2) * x[i]).float())
+        assert c_noise[i].item() == pytest.approx(math.log(s) / 4, abs=1e-6)
+    if label_dim == 0:  # then labels say nothing
+        assert labels is None
+    else:
+        assert torch.equal(labels, torch.eye(4)[[0, 3, 1]]) and labels.dtype == torch.float32
+        net(x, 1.0, None)
+        assert torch.equal(net.model.given[2], torch.zeros(3, 4))
 
 
 def test_other_architectures_are_refused():

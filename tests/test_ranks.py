@@ -174,6 +174,7 @@ def test_accumulation_is_one_step(small, straight, teacher, tmp_path, monkeypatc
             {"accumulate": 4},
             "--batch-size 4 and --batch-size-ref 4 cannot be split evenly over 2 ranks and 4",
         ),
+        (2, {"batch_size": 3}, "--batch-size 3 and --batch-size-ref 4 cannot be split evenly"),
         (2, {"batch_size_ref": 3}, "--batch-size-ref 3 cannot be split evenly over 2 ranks"),
     ],
 )
@@ -181,6 +182,22 @@ def test_batches_that_cannot_be_split(count, options, message):
     """Uneven parts would weigh their samples unequally."""
     with pytest.raises(UserError, match=message):
         train.split_batch(get_workload(**{**OPTIONS, **options}), Ranks(0, count, ALONE.device))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [((4, 5), (2,)), ((6, 7), (3,))]),
+        ({"lambda_dm": 0.0}, [((), (2,)), ((), (3,))]),
+        ({"lambda_reg": 0.0}, [((4, 5), ()), ((6, 7), ())]),
+        ({"lambda_reg": 0.0, "kl_on_pairs": True}, [((4, 5), (2,)), ((6, 7), (3,))]),
+    ],
+)
+def test_the_rows_of_the_second_of_two_ranks(options, expected):
+    """The second half, in two parts; what only serves a loss of weight 0 is left out."""
+    config = get_workload(**{"batch_size": 8, "batch_size_ref": 4, "accumulate": 2, **options})
+    parts = train.split_batch(config, Ranks(1, 2, ALONE.device))
+    assert [tuple(map(tuple, part)) for part in parts] == expected
 
 
 @pytest.mark.slow

@@ -232,6 +232,8 @@ def test_guidance_is_per_sample_and_one_is_no_guidance():
     assert guided[:, 0, 0, 0].tolist() == [0.5 + 3 * 0.5, 0.5 + 3 * 1.5]
     torch.testing.assert_close(GuidedUNet(unet, null, 1.0)(x, t, text), unet(x, t, text))
     assert unet.times == [[3, 5, 3, 5], [3, 5], [3, 5]]
+    between = GuidedUNet(unet, null, 0.5)(x, t, text)
+    assert between[:, 0, 0, 0].tolist() == [0.75, 1.25]
     assert not SDDenoiser(GuidedUNet(unet, null, 3.0)).state_dict()  # of a UNet, its own alone
 
 

@@ -1,7 +1,9 @@
 """Algorithm 1's loop body against gradients written out by hand, term by term."""
 
 import math
+from copy import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from conftest import pairs_config, small_network
 import make_pairs
 import train
 from plumbing.devices import Ranks
-from plumbing.optim import Learner
+from plumbing.optim import Learner, learning_rate
 from plumbing.pairs import Pairs
 from teachers import EDMTeacher
 from workloads import get_workload
@@ -55,8 +57,8 @@ def prepare(teacher, tiny_pairs, tmp_path, monkeypatch, **options):
     return run, gradients
 
 
-def by_hand(run, weighting_of_kl, lambda_reg, kl_on_pairs=False):
-    """The two gradients of step STEP, from the paper's formulas and autograd."""
+def by_hand(run, weighting_of_kl, lambda_reg, kl_on_pairs=False, over_snr=4):
+    """The two gradients of step STEP, from the paper's formulas and autograd, and its losses."""
     b = train.draw_batch(run, STEP, range(4), range(2))
     G, mu_fake, mu_real = run.G.network, run.mu_fake.network, run.teacher.mu_real
     x_all = mu_real.sigma[-1] * torch.cat([b.z, b.z_ref])
@@ -70,14 +72,17 @@ def by_hand(run, weighting_of_kl, lambda_reg, kl_on_pairs=False):
         p_fake, p_real = mu_fake.net(x_t, sigma, cond), mu_real.net(x_t, sigma, cond)
         error = (x - p_real).flatten(1).abs().mean(1).reshape(-1, 1, 1, 1)
         gradient = weighting_of_kl(sigma, error) * (p_fake - p_real)
-    loss_G = (x * gradient).mean() + lambda_reg * ((x_ref - b.y_ref) ** 2).mean()
+    loss_reg = ((x_ref - b.y_ref) ** 2).mean()
+    loss_G = (x * gradient).mean() + lambda_reg * loss_reg
     of_G = torch.autograd.grad(loss_G, list(G.parameters()))
 
     sigma = mu_real.sigma[b.t_fake].reshape(-1, 1, 1, 1)
     x = x.detach()
     prediction = mu_fake.net(x + sigma * b.noise_fake, sigma, cond)
-    loss_fake = ((1 / sigma**2 + 4) * (prediction - x) ** 2).mean()
-    return of_G, torch.autograd.grad(loss_fake, list(mu_fake.parameters()))
+    loss_fake = ((1 / sigma**2 + over_snr) * (prediction - x) ** 2).mean()
+    of_fake = torch.autograd.grad(loss_fake, list(mu_fake.parameters()))
+    losses = torch.stack([0.5 * gradient.square().mean(), loss_reg, loss_fake])
+    return (of_G, of_fake), losses.detach()
 
 
 def agree(found, expected):
@@ -97,11 +102,12 @@ def test_the_gradients_of_a_step(
         teacher, tiny_pairs, tmp_path, monkeypatch, accumulate=accumulate, lambda_reg=0.5
     )
     run.config = replace(run.config, kl_on_pairs=kl_on_pairs)
-    expected = by_hand(run, lambda sigma, error: 1 / error, 0.5 * 0.2**0.25, kl_on_pairs)
+    expected, losses = by_hand(run, lambda sigma, error: 1 / error, 0.5 * 0.2**0.25, kl_on_pairs)
     before = [p.clone() for p in run.G.network.parameters()]
     scalars = train.training_step(run, STEP)
     for found, of_this in zip(gradients, expected, strict=True):
         agree(found, of_this)
+    torch.testing.assert_close(torch.stack(scalars[:3]), losses, rtol=1e-3, atol=0)
     norms = [torch.cat([g.flatten() for g in side]).norm() for side in expected]
     torch.testing.assert_close(torch.stack(scalars[3:]), torch.stack(norms), rtol=1e-3, atol=0)
 
@@ -114,6 +120,7 @@ def test_the_gradients_of_a_step(
     moved = [(p - q).abs().max() for p, q in zip(run.G.network.parameters(), before, strict=True)]
     assert 0.5 * rate < max(moved) < 1.5 * rate
     # The average has gone 1 - 226/235 of the way, what is clipped is what AdamW saw.
+    assert run.mu_fake.average is run.mu_fake.network  # G's alone is averaged
     old, new, mean = (
         torch.cat([p.detach().flatten().double() for p in parameters])
         for parameters in (before, run.G.network.parameters(), run.G.average.parameters())
@@ -122,16 +129,38 @@ def test_the_gradients_of_a_step(
     assert way == pytest.approx(9 / 235, rel=0.01)
 
 
+@pytest.mark.parametrize("decay", ["none", "cosine"])
+def test_the_learning_rate_warms_up(decay):
+    """A quarter of the way after the first of four steps, whatever follows."""
+    rates = [learning_rate(k, 1000, 8.0, 4, decay) for k in range(5)]
+    assert rates == pytest.approx([2, 4, 6, 8, 8])
+    assert learning_rate(0, 1000, 8.0, 0, "none") == 8
+
+
 def test_the_gradient_is_clipped(teacher, tiny_pairs, tmp_path, monkeypatch):
-    """To --grad-clip's norm, each network's by itself: a tenth of it is AdamW's first moment."""
-    run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, grad_clip=0.03)
+    """To grad_clip's norm, each network's by itself: a fifth of it is AdamW's first moment."""
+    options = {"grad_clip": 0.03, "betas": (0.8, 0.99), "weight_decay": 0.02}
+    run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, **options)
     train.training_step(run, STEP)
     for learner, found in zip((run.G, run.mu_fake), gradients, strict=True):
         moments = [state["exp_avg"].flatten() for state in learner.optimizer.state.values()]
-        assert torch.cat(moments).norm() == pytest.approx(0.1 * 0.03, rel=1e-3)
+        assert torch.cat(moments).norm() == pytest.approx(0.2 * 0.03, rel=1e-3)
         whole = torch.cat([g.flatten() for g in found])
         assert whole.norm() > 0.1  # before
-        agree([torch.cat(moments) * whole.norm() / 0.003], [whole])
+        agree([torch.cat(moments) * whole.norm() / 0.006], [whole])
+        (group,) = learner.optimizer.param_groups
+        assert (group["weight_decay"], group["betas"]) == (0.02, (0.8, 0.99))
+
+
+def test_each_network_has_a_loss_scale_of_its_own(teacher, tiny_pairs, tmp_path, monkeypatch):
+    """Under fp16. The norms are those of the gradients, not of the scaled ones."""
+    run, _ = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, amp="fp16")
+    assert run.G.scaler.is_enabled() and run.mu_fake.scaler.is_enabled()
+    run.G.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    expected, _ = by_hand(run, lambda sigma, error: 1 / error, 0.2**0.25)
+    norms = torch.stack(train.training_step(run, STEP)[3:])
+    whole = [torch.cat([g.flatten() for g in side]).norm() for side in expected]
+    torch.testing.assert_close(norms, torch.stack(whole), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +170,7 @@ def test_the_gradient_is_clipped(teacher, tiny_pairs, tmp_path, monkeypatch):
 def test_the_weighting_of_a_step(teacher, tiny_pairs, tmp_path, monkeypatch, weighting, of_kl):
     """Table 2's: the gradient is (alpha / sigma) or alpha sigma times p_fake - p_real."""
     run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, weighting=weighting)
-    expected, _ = by_hand(run, of_kl, 0.2**0.25)
+    (expected, _), _ = by_hand(run, of_kl, 0.2**0.25)
     train.training_step(run, STEP)
     agree(gradients[0], expected)
 
@@ -150,11 +179,104 @@ def test_the_weight_of_the_kl_gradient(teacher, tiny_pairs, tmp_path, monkeypatc
     """--lambda-dm, and --max-dm-step, which no noise level exceeds."""
     options = {"lambda_dm": 3.0, "max_dm_step": 100}
     run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, **options)
-    expected, _ = by_hand(run, lambda sigma, error: 3 / error, 0.2**0.25)
-    train.training_step(run, STEP)
+    (expected, _), losses = by_hand(run, lambda sigma, error: 3 / error, 0.2**0.25)
+    scalars = train.training_step(run, STEP)
+    # What is reported is without that weight.
+    assert scalars[0] == pytest.approx(losses[0].item() / 9, rel=1e-3)
     agree(gradients[0], expected)
     levels = torch.cat([train.draw_batch(run, k, range(4), []).t for k in range(50)])
     assert levels.min() >= 20 and 80 < levels.max() < 100
+
+
+def test_the_weight_of_the_denoising_loss(teacher, tiny_pairs, tmp_path, monkeypatch):
+    """It is the teacher's: SNR alone, where that predicts the noise."""
+    monkeypatch.setattr(teacher, "sigma_data", None)
+    run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch)
+    (_, expected), _ = by_hand(run, lambda sigma, error: 1 / error, 0.2**0.25, over_snr=0)
+    train.training_step(run, STEP)
+    agree(gradients[1], expected)
+
+
+def test_half_precision_is_of_the_networks_alone(teacher, tiny_pairs, tmp_path, monkeypatch):
+    """All of them, and no distance."""
+    run, _ = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, amp="bf16")
+    seen = []
+
+    def note(name, function):
+        def call(*arguments):
+            seen.append((name, torch.is_autocast_enabled("cpu")))
+            return function(*arguments)
+
+        return call
+
+    run.teacher = copy(teacher)
+    run.teacher.mu_real = teacher.student()
+    run.teacher.decode = note("decode", teacher.decode)
+    run.distance = note("distance", run.distance)
+    networks = (run.G.network, run.mu_fake.network, run.teacher.mu_real)
+    for name, network in zip(("G", "mu_fake", "mu_real"), networks, strict=True):
+        network.forward = note(name, network.forward)
+    train.training_step(run, STEP)
+    assert seen == [
+        ("G", True), ("mu_real", True), ("mu_fake", True),
+        ("decode", True), ("decode", True), ("distance", False), ("mu_fake", True),
+    ]  # fmt: skip
+
+
+class TextPairs:
+    """Seven pairs, of which all says the number: z = k, y = -k, the prompt is k."""
+
+    prompts = list("0123456")
+
+    def __len__(self):
+        return 7
+
+    def batch(self, indices):
+        z = torch.tensor(indices, dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+        return z, -z, [self.prompts[k] for k in indices]
+
+
+def draw(step=3, rows=range(2000), rows_ref=range(2000), **options):
+    """A part of a batch with prompts and Algorithm 1's line 4. The text states are the number."""
+    config = get_workload("sd15", batch_size=2000, batch_size_ref=2000, **options)
+    teacher = SimpleNamespace(
+        image_shape=(1, 2, 2), encode=lambda prompts: torch.tensor([int(k) for k in prompts])
+    )
+    run = SimpleNamespace(config=config, ranks=ALONE, teacher=teacher, pairs=TextPairs())
+    return train.draw_batch(run, step, rows, rows_ref)
+
+
+def test_what_a_part_with_prompts_draws():
+    """Pairs come with their own noise and prompt; all else is independent, between the unpaired
+    and the paired half as well as within a row."""
+    b = draw()
+    for values in (b.z_ref, -b.y_ref):
+        assert torch.equal(values[:, 0, 1, 1], b.cond[2000:])
+    for half in (b.cond[:2000], b.cond[2000:]):  # uniform: 286 each
+        counts = torch.bincount(half, minlength=7)
+        assert len(counts) == 7 and counts.min() > 210 and counts.max() < 370
+    assert 20 <= b.t.min() < 25 and 975 <= b.t.max() < 980
+    assert 0 <= b.t_fake.min() < 5 and 995 <= b.t_fake.max() < 1000
+    drawn = [b.cond, b.t, b.t_fake, b.noise[:, 0, 1, 1], b.noise_fake[:, 0, 1, 1]]
+    columns = [half for values in drawn for half in values.double().chunk(2)]
+    columns.append(b.z[:, 0, 1, 1].double())
+    correlation = torch.corrcoef(torch.stack(columns)) - torch.eye(11)
+    assert correlation.abs().max() < 0.12  # 5 standard errors
+
+
+def test_the_seed_the_step_and_the_row_tell_what_is_drawn():
+    """They do so together, and nothing else does."""
+    whole, rows, rows_ref = draw(), [7, 1900, 3], [1999, 0]
+    both = [*rows, *(2000 + row for row in rows_ref)]
+    part = draw(rows=rows, rows_ref=rows_ref)._asdict()
+    for name, values in whole._asdict().items():
+        chosen = {"z": rows, "z_ref": rows_ref, "y_ref": rows_ref}.get(name, both)
+        assert torch.equal(part[name], values[chosen]), name
+    assert all(map(torch.equal, whole, draw()))
+    for other in (draw(step=4), draw(seed=1)):
+        for values, others in zip(whole, other, strict=True):
+            same = (values == others).flatten(1 if values.ndim > 1 else 0)
+            assert same.double().mean() < 0.25  # of seven pairs and prompts, 1/7
 
 
 def test_what_a_part_draws(teacher, tiny_pairs, tmp_path, monkeypatch):
@@ -185,6 +307,23 @@ def test_float32_is_tf32_only_beside_half_precision(
     assert torch.backends.cudnn.allow_tf32 == (amp != "off")
 
 
+def test_one_guidance_scale_for_both_losses(teacher, tmp_path, monkeypatch):
+    """Section 3.4: mu_real is guided as the pairs were, whatever the workload's own scale."""
+
+    def load_teacher(config):
+        loaded = copy(teacher)
+        loaded.guidance = config.guidance
+        return loaded
+
+    pairs = SimpleNamespace(meta={"guidance": 2.0}, check_teacher=lambda record: None)
+    monkeypatch.setattr(train, "Pairs", lambda folder, dataset: pairs)
+    monkeypatch.setattr(train, "load_teacher", load_teacher)
+    config = get_workload("sd15", out=str(tmp_path / "run"), distance="l2")
+    assert config.guidance == 3
+    run = train.prepare(config, ALONE)
+    assert run.teacher.guidance == run.config.guidance == 2
+
+
 def test_dropout_is_off(teacher, tiny_pairs, tmp_path, monkeypatch):
     """Line 1 of Algorithm 1 refuses a network that is not in eval mode."""
     run, _ = prepare(teacher, tiny_pairs, tmp_path, monkeypatch)
@@ -194,3 +333,7 @@ def test_dropout_is_off(teacher, tiny_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "student", lambda: student().train())
     with pytest.raises(AssertionError):
         train.prepare(replace(run.config, out=str(tmp_path / "other")), ALONE)
+    monkeypatch.setattr(teacher, "student", lambda: student().eval())
+    monkeypatch.setattr(teacher, "mu_real", student().train())
+    with pytest.raises(AssertionError):
+        train.prepare(replace(run.config, out=str(tmp_path / "third")), ALONE)
