@@ -16,7 +16,7 @@ take --seed-start 50000 and 100000. The last line:
 MNIST (about 8 minutes on 2 CPU cores, the student alone less than one): three figures, for all rows
 on the same noises and labels, and the last line:
 
-    student: FD 1.10, accuracy 98.88%, diversity 0.961
+    student: FD 1.04, accuracy 99.10%, diversity 0.962
 
     FD         Frechet distance between Gaussians fitted to features of generated and of test images
                (as FID, but the features are a small MNIST classifier's: not comparable with FID)
@@ -83,7 +83,7 @@ class Config(Options):
         None, "FID: .safetensors to keep the generated images' statistics in, and to reuse"
     )
     # MNIST
-    seed: int = option(0, "mnist: seed of the noises", least=0)
+    seed: int = option(0, "mnist: seed of the noises", least=0, below=2**64)
 
 
 def complete(config: Config, dataset: str, device: torch.device) -> Config:
@@ -122,7 +122,7 @@ class Row(NamedTuple):
 def load_rows(config: Config, device: torch.device) -> tuple[Config, list[Row]]:
     """The complete config, and what its rows ask for, on the device."""
     dataset, path, rows = config.dataset, None, {}
-    if dataset is None or "student" in (config.rows or ROWS):
+    if config.checkpoint or dataset is None or "student" in (config.rows or ROWS):
         path = find_generator(config.checkpoint)
     if is_sd_unet(path) if path else WORKLOADS[dataset].latent:
         raise UserError(
@@ -160,10 +160,8 @@ def draw(row: Row, config: Config, ranks: Ranks) -> Iterator[Tensor]:
         for start in range(0, len(share), config.batch_size):
             indices = share[start : start + config.batch_size]
             if config.dataset == "mnist":
-                z, labels = (
-                    sample_noise("evaluation", config.seed, indices, shape),
-                    torch.tensor(indices) % 10,
-                )
+                z = sample_noise("evaluation", config.seed, indices, shape)
+                labels = torch.tensor(indices) % 10
             else:
                 seeds = [config.seed_start + k for k in indices]
                 z, labels = seeded_inputs(seeds, shape, classes, ranks.device)
@@ -184,6 +182,8 @@ def measure_fid(config: Config, rows: list[Row], ranks: Ranks) -> dict[str, dict
     """FID of each row, printed as soon as it is known -> what --json keeps (on rank 0)."""
     kept = Path(config.statistics) if config.statistics else None
     reuse = kept is not None and kept.exists()
+    if not ranks.agree(reuse):
+        raise UserError(f"the ranks see different files; {kept} must be on a shared disk")
     with ranks.first_goes_first():  # rank 0 downloads
         source, network = fetch(config.reference or WORKLOADS[config.dataset].reference), None
         if source.is_dir() or not reuse:
@@ -261,6 +261,7 @@ def main(config: Config) -> None:
     results = measure_rows(config, rows, ranks)
     if config.json and ranks.rank == 0:
         write_json(Path(config.json), results)
+    ranks.barrier()  # all leave together
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def main(config: Workload) -> None:
         first_shard, _ = shards(out, meta)[0]
         draw_preview(out / "preview.png", first_shard, teacher, ranks.device)
         print(f"{config.num_pairs} pairs of {config.dataset} in {out} (preview: {out}/preview.png)")
+    ranks.barrier()  # all leave together
 
 
 if __name__ == "__main__":

@@ -74,11 +74,8 @@ def main(config: Config) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     workload = get_workload(metadata["dataset"], **given)
     latent = workload.latent
-    amp = (
-        "off"
-        if config.amp == "auto" and not latent
-        else pick_amp(config.amp, device, workload.half)
-    )
+    auto = pick_amp("auto", device, workload.half) if latent else "off"
+    amp = auto if config.amp == "auto" else config.amp
 
     # Image i: noise of seed i, label or prompt i of the cycle.
     seeds = parse_numbers(config.seeds or ("0-3" if latent else "0-99"), "seeds")
@@ -133,10 +130,11 @@ def parse_numbers(text: str, name: str) -> list[int]:
     """ "0-3,7" -> [0, 1, 2, 3, 7]."""
     ranges = [part.partition("-") for part in text.split(",")]
     try:
-        numbers = [n for a, _, b in ranges for n in range(int(a), int(b or a) + 1)]
+        spans = [range(int(a), int(b or a) + 1) for a, _, b in ranges]
     except ValueError:
-        numbers = []
-    if not numbers:
+        spans = [range(0)]
+    numbers = [n for span in spans for n in span]
+    if not all(spans) or max(numbers) >= 2**64:
         raise UserError(f"--{name} must be like 0-9 or 3,5,8, not {text!r}")
     return numbers
 

@@ -683,10 +683,11 @@ def find_weights(part: str, source: str | Path) -> tuple[Path, Path | None]:
 
 def find_file(source: str | Path, *names: str) -> Path:
     """The first of `names`, such as "unet/config.json", in a folder or in a repository."""
+    tiny = names[0].startswith("tiny_vae/")  # no part of Stable Diffusion's own files
+    if tiny and not Path(source, "tiny_vae").is_dir():
+        return find_on_hub(TAESD_REPO, [name.removeprefix("tiny_vae/") for name in names])
     if not Path(source).is_dir():
-        tiny = names[0].startswith("tiny_vae/")  # no part of Stable Diffusion's repositories
-        names = [name.removeprefix("tiny_vae/") for name in names]
-        return find_on_hub(TAESD_REPO if tiny else str(source), names)
+        return find_on_hub(str(source), names)
     for name in names:
         if (path := Path(source, name)).is_file():
             return path

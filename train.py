@@ -12,7 +12,8 @@ been interrupted. The last line it prints:
 
 Line 1 of Algorithm 1 is `prepare`, its loop body `training_step`. What step k draws for row i of
 the global batch is a function of (seed, k, i) alone, so neither resuming nor the number of
-processes nor accumulation changes what is computed, beyond rounding; on one CPU process not a bit.
+processes nor accumulation changes what is computed, beyond rounding; on one CPU process resuming
+changes not a bit.
 """
 
 import contextlib
@@ -69,7 +70,7 @@ class Run:
         """The context in which the networks are called. (A loss called in it is float32 itself.)"""
         return autocast(self.ranks.device, self.config.amp)
 
-    def parts(self) -> dict:
+    def stateful(self) -> dict:
         """What a checkpoint holds."""
         average = {"G_ema": self.G.average} if self.config.ema else {}
         return {"G": self.G, "mu_fake": self.mu_fake, **average}
@@ -261,7 +262,7 @@ def pictures(run: Run) -> list[Tensor]:
 def save(run: Run, step: int, log: Log) -> None:
     """Write all that a run leaves. All ranks must call."""
     rows = log.flush()  # ends the run on NaN, before anything is overwritten
-    state = {name: part.state_dict() for name, part in run.parts().items()} | {"step": step}
+    state = {name: part.state_dict() for name, part in run.stateful().items()} | {"step": step}
     if run.ranks.rank == 0:
         generator = generator_file(run.G.average, run.config, run.teacher.record, step)
         out, keep = Path(run.config.out), run.config.keep
@@ -273,7 +274,7 @@ def main(config: Workload) -> None:
     """Train, or go on training, and write generator.safetensors."""
     ranks = join_ranks(config.device)
     run, out = prepare(config, ranks), Path(config.out)
-    start, rows = load_checkpoint(out, run.parts())
+    start, rows = load_checkpoint(out, run.stateful())
     if not ranks.agree(start):
         raise UserError(f"the ranks see different checkpoints; {out} must be on a shared disk")
     images = config.batch_size if config.lambda_dm else config.batch_size_ref
@@ -293,6 +294,7 @@ def main(config: Workload) -> None:
     if ranks.rank == 0:
         prompt = ' --prompt "..."' if run.pairs.prompts else ""
         print(f"wrote {out / 'generator.safetensors'}; look at it with: python sample.py{prompt}")
+    ranks.barrier()  # all leave together
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ class Workload(Options):
         MISSING, "teacher weights: a file or an address; sd15: a folder or a Hub repository"
     )
     reference: str = option("", None, free=True)  # statistics of the real images, for FID
-    seed: int = option(0, "what step k draws for row i is a function of (seed, k, i)", least=0)
+    seed: int = option(
+        0, "what step k draws for row i is a function of (seed, k, i)", least=0, below=2**64
+    )
 
     # Pairs: the teacher's deterministic ODE solutions.
     pairs: str = option(MISSING, "folder of the pairs", free=True)

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 train.py ...           eight, one for each GPU (or on the CPU)
     torchrun --nnodes 9 --nproc-per-node 8 ... train.py ...       72 GPUs of nine machines
 
-A *rank* is the number of one of these processes. Rank 0 writes files; the others only compute.
+A *rank* is the number of one of these processes. Rank 0 writes files; the
+others only compute (but for the pairs, of which each writes its own shards).
 """
 
 import contextlib

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 import logging
 import operator
 import os
@@ -102,7 +103,8 @@ def parse(make: Callable, doc: str, flags: str | None = None, arguments=None):
         flags: the fields that are options of this script, some as flag=field; None: all.
     """
     first = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    first.add_argument("--dataset")
+    if "dataset" in inspect.signature(make).parameters:
+        first.add_argument("--dataset")
     shown = make(**vars(first.parse_known_args(arguments)[0]))
     hints = typing.get_type_hints(type(shown))
     fields = {field.name: field for field in dataclasses.fields(shown)}
@@ -135,7 +137,6 @@ def run_script(main: Callable, make: Callable, doc: str, flags: str | None = Non
     try:
         main(parse(make, doc, flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # all leave together
             torch.distributed.destroy_process_group()
     except UserError as error:
         rank = os.environ.get("RANK", "0")  # of several processes, see devices.py

@@ -38,10 +38,9 @@ from plumbing.files import (
 from plumbing.options import UserError
 
 SCALARS = ["loss_kl", "loss_reg", "loss_denoise", "grad_norm_G", "grad_norm_fake"]
-SHOWN = [*SCALARS, "images_per_s"]  # of the unpaired stream, over all ranks
-SHOW_EVERY = (
-    10  # steps between looks at the scalars: the progress line, and whether they are finite
-)
+SHOWN = [*SCALARS, "images_per_s"]
+# Steps between looks at the scalars: for the progress line, and whether they are finite.
+SHOW_EVERY = 10
 
 
 def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...] = ()) -> None:
@@ -152,7 +151,7 @@ class Log:
     Args:
         start, steps: of the run.
         rows: what was logged before.
-        images: unpaired ones per step, over all ranks.
+        images: per step, over all ranks: unpaired ones (paired ones, if these are alone).
         fp16: gradients may be infinite now and then, see optim.Learner.step.
     """
 
@@ -230,8 +229,10 @@ class Signals:
 
     def leave(self, step: int) -> None:
         """Say how to go on, and exit: 130 after Ctrl-C, 0 after SIGTERM (a cluster's)."""
+        self.ranks.barrier()  # rank 0 has written all there is
         if self.ranks.rank == 0:
             alone = self.ranks.count == 1
             command = shlex.join(["python", *sys.argv]) if alone else "the same command"
-            print(f"interrupted and saved after step {step}; go on with: {command}")
+            when = f"and saved after step {step}" if step else "in the first step"
+            print(f"interrupted {when}; go on with: {command}")
         sys.exit(130 if signal.SIGINT in self.received else 0)

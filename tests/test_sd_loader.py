@@ -1,6 +1,7 @@
 """Stable Diffusion's networks against golden vectors; tokenizer, sampler and weights' files."""
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 
@@ -690,6 +691,17 @@ def test_a_hub_repository_gives_only_the_files_needed(hub):
         "owner/sd/tokenizer/vocab.json",
         "owner/sd/tokenizer/merges.txt",
     ]
+
+
+def test_a_folder_without_the_tiny_decoder_gets_it_from_its_own_repository(
+    hub, sd_folder, tmp_path
+):
+    """As the folder of a released model is."""
+    shutil.copytree(sd_folder / "text_encoder", tmp_path / "text_encoder")
+    shutil.copytree(sd_folder / "tokenizer", tmp_path / "tokenizer")
+    sd = load_sd(tmp_path, parts=("text_encoder", "tiny_vae"))
+    assert sd.tiny_vae is not None
+    assert {path.rpartition("/")[0] for path in hub.asked} == {"madebyollin/taesd"}
 
 
 def test_a_hub_repository_without_safetensors_is_asked_for_the_others(hub):
