@@ -103,7 +103,7 @@ def test_ranks_share_the_digits(monkeypatch):
     monkeypatch.setattr(evaluate, "measure", measure)
     evaluate.measure_digits(config, [row], Ranks(0, 1, CPU))
     ((whole, labels),) = judged
-    monkeypatch.setattr(Ranks, "mean", lambda self, images: parts.append(images) or images)
+    monkeypatch.setattr(Ranks, "sum", lambda self, images: parts.append(images) or images)
     for rank in range(3):
         evaluate.measure_digits(config, [row], Ranks(rank, 3, CPU))
     assert len(judged) == 2  # rank 0 alone judges
