@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from edm_unet import EDMPrecond
 from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp, to
 from plumbing.digits import measure
 from plumbing.downloads import fetch
@@ -49,7 +50,7 @@ from plumbing.files import file_hash, read_tensors, to_uint8, write_json, write_
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import sample_noise
 from teachers import check_teaches, find_generator, is_sd_unet, load_generator, load_teacher
-from workloads import WORKLOADS
+from workloads import WORKLOADS, get_workload
 
 ROWS = ("untrained", "teacher", "student")
 ONLY_FID, ONLY_MNIST = ("seed_start", "reference", "inception", "statistics"), ("seed",)
@@ -117,6 +118,7 @@ class Row(NamedTuple):
     evaluations: int  # of the network, for one image
     source: str  # the file of its weights, for the reader
     sha256: str  # the file's hash
+    net: EDMPrecond  # which has the shape of the images and the number of classes
 
 
 def load_rows(config: Config, device: torch.device) -> tuple[Config, list[Row]]:
@@ -137,25 +139,25 @@ def load_rows(config: Config, device: torch.device) -> tuple[Config, list[Row]]:
             )
         dataset, G = metadata["dataset"], G.to(device, memory_format=torch.channels_last)
         source = f"{path} (step {metadata.get('step', '?')})"
-        rows["student"] = Row("student", G, 1, source, file_hash(path))
+        rows["student"] = Row("student", G, 1, source, file_hash(path), G.mu.net)
     config = complete(config, dataset, device)  # before a teacher is downloaded in vain
     if set(config.rows) != {"student"}:
-        workload = WORKLOADS[dataset]
-        workload = replace(workload, teacher=config.teacher_weights or workload.teacher)
+        given = {"teacher": config.teacher_weights} if config.teacher_weights else {}
+        workload = get_workload(dataset, **given)
         teacher = load_teacher(workload).to(device)
         if "student" in config.rows and not config.teacher_weights:
             check_teaches(teacher, metadata, path)
         source, sha256 = teacher.record["name"], teacher.record["sha256"]
         for name, steps in (("teacher", config.steps or workload.solver_steps), ("untrained", 1)):
             solve = partial(teacher.solve, steps=steps)
-            rows[name] = Row(name, solve, teacher.evaluations(steps), source, sha256)
+            net = teacher.mu_real.net
+            rows[name] = Row(name, solve, teacher.evaluations(steps), source, sha256, net)
     return config, [rows[name] for name in config.rows]
 
 
 def draw(row: Row, config: Config, ranks: Ranks) -> Iterator[Tensor]:
     """This rank's share of a row's images, batch by batch: uint8 (B, C, H, W), on its device."""
-    workload, share = WORKLOADS[config.dataset], ranks.share(config.samples)
-    shape, classes = workload.image_shape, workload.num_classes
+    share, shape, classes = ranks.share(config.samples), row.net.image_shape, row.net.label_dim
     with tqdm(total=len(share), desc=row.name, unit="image", disable=ranks.rank > 0) as bar:
         for start in range(0, len(share), config.batch_size):
             indices = share[start : start + config.batch_size]
@@ -185,7 +187,10 @@ def measure_fid(config: Config, rows: list[Row], ranks: Ranks) -> dict[str, dict
     if not ranks.agree(reuse):
         raise UserError(f"the ranks see different files; {kept} must be on a shared disk")
     with ranks.first_goes_first():  # rank 0 downloads
-        source, network = fetch(config.reference or WORKLOADS[config.dataset].reference), None
+        source = config.reference or WORKLOADS[config.dataset].reference
+        if not source:
+            raise UserError("give the real images: --reference, a folder or statistics of them")
+        source, network = fetch(source), None
         if source.is_dir() or not reuse:
             network = inception(config.inception, ranks.device)
     reference = read_reference(source, network, config.batch_size, ranks)
@@ -196,7 +201,8 @@ def measure_fid(config: Config, rows: list[Row], ranks: Ranks) -> dict[str, dict
         if reuse:
             mu, sigma = read_statistics(kept, record)
         else:
-            mu, sigma = feature_statistics(draw(row, config, ranks), network, ranks)
+            images = (batch.expand(-1, 3, -1, -1) for batch in draw(row, config, ranks))
+            mu, sigma = feature_statistics(images, network, ranks)
         if ranks.rank > 0:
             continue
         fid = frechet_distance(mu, sigma, *reference)

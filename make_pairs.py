@@ -73,8 +73,8 @@ def make_shard(
     z = sample_noise("pairs", config.seed, indices, teacher.image_shape)
     tensors, metadata = {"z": z, "index": torch.tensor(indices)}, {"dataset": config.dataset}
     cond = None
-    if config.num_classes:
-        cond = tensors["cond"] = tensors["index"] % config.num_classes
+    if teacher.num_classes:
+        cond = tensors["cond"] = tensors["index"] % teacher.num_classes
     elif prompts:
         cond = metadata["prompts"] = [prompts[k % len(prompts)] for k in indices]
 
@@ -120,7 +120,7 @@ def main(config: Workload) -> None:
         teacher = load_teacher(config).to(ranks.device, config.solver_amp)
     out, meta = Path(config.pairs), describe(config, teacher.record)
     if ranks.rank == 0:
-        claim_folder(out, "meta.json", meta)
+        claim_folder(out, "meta.json", meta, may_grow=("num_pairs",))
     ranks.barrier()
 
     missing = [(path, indices) for path, indices in shards(out, meta) if not path.exists()]

@@ -81,7 +81,8 @@ def main(config: Config) -> None:
     seeds = parse_numbers(config.seeds or ("0-3" if latent else "0-99"), "seeds")
     if not Path(config.out).suffix and len(set(seeds)) < len(seeds):
         raise UserError("--seeds names a seed twice, but in a folder each seed is one file")
-    cond = choose_condition(config, workload, len(seeds), device)
+    classes = 0 if latent else G.mu.net.label_dim
+    cond = choose_condition(config, workload, classes, len(seeds), device)
     z = sample_noise("samples", 0, seeds, G.mu.net.image_shape)
     z = z.to(device, memory_format=torch.channels_last)
     G = G.to(device, memory_format=torch.channels_last)
@@ -140,10 +141,10 @@ def parse_numbers(text: str, name: str) -> list[int]:
 
 
 def choose_condition(
-    config: Config, workload: Workload, count: int, device: torch.device
+    config: Config, workload: Workload, classes: int, count: int, device: torch.device
 ) -> Tensor | list[str] | None:
     """What each image shall show: labels (count,), prompts, or None; they go round."""
-    classes, cycle = workload.num_classes, config.prompt
+    cycle = config.prompt
     if cycle and not workload.latent:
         raise UserError(f"--prompt is for sd15; this is a generator of {workload.dataset}")
     if config.labels is not None and not classes:

@@ -38,7 +38,7 @@ from sd_loader import (
 from workloads import ASSETS, WORKLOADS, Workload
 
 # What a bare state dict may be: it is recognised by its names and shapes.
-ARCHITECTURES = [row.network for row in WORKLOADS.values() if not row.latent]
+ARCHITECTURES = [row.network for row in WORKLOADS.values() if row.network and not row.latent]
 
 
 class EDMTeacher:
@@ -49,11 +49,13 @@ class EDMTeacher:
         record: {"name", "sha256"}, what a run or its pairs remember it by.
         sigma_data: of the weight with which the model was trained, see dmd_loss.denoising_weight.
         image_shape: (C, H, W) of z, x and y.
+        num_classes: 0: unconditional, or conditioned on text.
     """
 
     def __init__(self, net: EDMPrecond, record: dict[str, str]):
         self.mu_real = EDMDenoiser(net).eval().requires_grad_(False)
-        self.record, self.sigma_data, self.image_shape = record, net.sigma_data, net.image_shape
+        self.record, self.sigma_data = record, net.sigma_data
+        self.image_shape, self.num_classes = net.image_shape, net.label_dim
 
     def to(self, device: torch.device, amp: str = "off") -> "EDMTeacher":
         """Move it to a device. (Its weights stay float32 under any `amp`: they are small.)"""
@@ -76,7 +78,7 @@ class EDMTeacher:
         """Network evaluations of `solve`."""
         return 2 * steps - 1
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor, decoder: str | None = None) -> Tensor:
         """Samples are images already."""
         return x
 
@@ -88,12 +90,15 @@ class SDTeacher:
 
     Args:
         guidance: scale of classifier-free guidance in mu_real and in `solve`; 1 is none.
+        decoder: of images, "tiny" or "full", unless `decode` is told otherwise.
     """
 
-    mu_real = sigma_data = None
+    mu_real, sigma_data, num_classes = None, None, 0
 
-    def __init__(self, sd: StableDiffusion, record: dict[str, str], guidance: float):
-        self.sd, self.record = sd, record
+    def __init__(
+        self, sd: StableDiffusion, record: dict[str, str], guidance: float, decoder: str = "tiny"
+    ):
+        self.sd, self.record, self.decoder = sd, record, decoder
         if sd.unet is not None:
             self.image_shape = sd.unet.image_shape
             guided = GuidedUNet(sd.unet, sd.encode_text([""]), guidance)
@@ -105,7 +110,8 @@ class SDTeacher:
             self.mu_real.to(device, memory_format=torch.channels_last)
             self.mu_real.net.to(DTYPES[amp])  # not the noise table, which is mu_real's own
         self.sd.text_encoder.to(device, DTYPES[amp])
-        (self.sd.vae or self.sd.tiny_vae).to(device, memory_format=torch.channels_last)
+        for decoder in filter(None, (self.sd.vae, self.sd.tiny_vae)):
+            decoder.to(device, memory_format=torch.channels_last)
         return self
 
     def student(self) -> SDDenoiser:
@@ -126,9 +132,9 @@ class SDTeacher:
         """Network evaluations of `solve`: PNDM's first step takes two, guidance doubles them."""
         return (steps + 1) * (1 if self.mu_real.net.scale == 1 else 2)
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor, decoder: str | None = None) -> Tensor:
         """Latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
-        return self.sd.decode(x, tiny=self.sd.vae is None)
+        return self.sd.decode(x, tiny=(decoder or self.decoder) == "tiny")
 
 
 Teacher = EDMTeacher | SDTeacher
@@ -141,17 +147,28 @@ def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
     """
     source = workload.teacher
     if workload.latent:
-        parts = ["text_encoder", "tiny_vae" if workload.decoder == "tiny" else "vae"]
+        decoders = {workload.decoder, *(values.get("decoder") for _, values in workload.phases)}
+        parts = ["text_encoder", *("tiny_vae" if d == "tiny" else "vae" for d in decoders if d)]
         sd = load_sd(source, ["unet", *parts] if with_unet else parts)
         record = {"name": source}
         if with_unet:
             record["sha256"] = file_hash(find_weights("unet", source)[0])
-        return SDTeacher(sd, record, workload.guidance)
+        return SDTeacher(sd, record, workload.guidance, workload.decoder)
+    if not source:
+        raise UserError(
+            "give the file of your network: --teacher FILE, of sample.py and evaluate.py "
+            "--teacher-weights FILE"
+        )
     path = fetch(source)
     net = load_edm(path, ARCHITECTURES)
-    takes, given = images_of(net.kwargs), images_of(workload.network)
+    takes = given = images_of(net.kwargs)
+    if workload.network:
+        given = images_of(workload.network)
     if takes != given:
-        raise UserError(f"{path} is a network for {takes}, but {workload.dataset} is {given}")
+        raise UserError(
+            f"{path} is a network for {takes}, but {workload.dataset} is {given}; "
+            "any network may be distilled with --dataset edm"
+        )
     return EDMTeacher(net, {"name": path.name, "sha256": file_hash(path)})
 
 
@@ -213,8 +230,8 @@ def load_generator(source: str | Path) -> tuple[OneStepGenerator, dict[str, str]
         metadata = net.metadata
         if "kwargs" not in metadata:  # not a file of ours
             images, rows = images_of(net.kwargs), WORKLOADS.items()
-            fitting = (name for name, row in rows if images_of(row.network) == images)
-            metadata = {"role": "generator", "dataset": next(fitting, None)} | metadata
+            fitting = (n for n, row in rows if row.network and images_of(row.network) == images)
+            metadata = {"role": "generator", "dataset": next(fitting, "edm")} | metadata
         mu = EDMDenoiser(net, metadata.get("sigma", SIGMA_MAX))
     if metadata.get("role") != "generator" or metadata.get("dataset") not in WORKLOADS:
         raise UserError(f"{path} is not a one-step generator; use a generator.safetensors of a run")

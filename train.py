@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 7 train.py --dataset imagenet64            on seven GPUs
 
 Needs pairs (python make_pairs.py). It writes runs/DATASET/: config.json, log.csv, curves.png,
-samples_STEP.png (the teacher's y_ref above G(z_ref), then fresh G(z)), checkpoint.pt to resume from
-and generator.safetensors, the result. Ctrl-C saves; the same command goes on, as if it had not
-been interrupted. The last line it prints:
+samples_STEP.png (the teacher's y_ref above G(z_ref), then fresh G(z)) and a film of them,
+checkpoint.pt to resume from and generator.safetensors, the result. Ctrl-C saves; the same command
+goes on, as if it had not been interrupted. The last line it prints:
 
     wrote runs/mnist/generator.safetensors; look at it with: python sample.py
 
@@ -40,7 +40,15 @@ from plumbing.devices import Ranks, autocast, join_ranks, pick_amp, share, to
 from plumbing.optim import Learner, Unfinished
 from plumbing.options import UserError, run_script
 from plumbing.pairs import Pairs, draw_rows, sample_noise
-from plumbing.rundir import Log, Signals, claim_folder, load_checkpoint, save_run
+from plumbing.rundir import (
+    Log,
+    Signals,
+    claim_folder,
+    load_checkpoint,
+    save_film,
+    save_pictures,
+    save_run,
+)
 from teachers import Teacher, generator_file, load_lpips, load_teacher
 from workloads import Workload, get_workload
 
@@ -59,7 +67,6 @@ class Run:
     config: Workload
     ranks: Ranks
     signals: Signals
-    rows: list[tuple[range, range]]  # this rank's part of every batch, see split_batch
     teacher: Teacher
     pairs: Pairs
     distance: Callable
@@ -78,14 +85,17 @@ class Run:
 
 def prepare(config: Workload, ranks: Ranks) -> Run:
     """Line 1 of Algorithm 1: G and mu_fake start as copies of the teacher."""
-    rows, pairs = split_batch(config, ranks), Pairs(Path(config.pairs), config.dataset)
+    for step in (0, *(end for end, _ in config.phases)):
+        split_batch(config.at(step), ranks)  # or an error, before anything is loaded
+    pairs = open_pairs(config, step=0)
     amp, guidance = pick_amp(config.amp, ranks.device, config.half), pairs.meta["guidance"]
     config = replace(config, amp=amp, guidance=guidance)  # Section 3.4: one scale for both losses
     with ranks.first_goes_first():
         teacher, distance = load_teacher(config), choose_distance(config, ranks.device)
     pairs.check_teacher(teacher.record)
     if ranks.rank == 0:
-        settings = config.settings() | {"teacher": teacher.record, "made_pairs": pairs.meta}
+        meta = {k: v for k, v in pairs.meta.items() if not (config.phases and k == "num_pairs")}
+        settings = config.settings() | {"teacher": teacher.record, "made_pairs": meta}
         # A run may be prolonged where step k does not know how many follow.
         constant = (config.lr_decay, config.lambda_reg_decay) == ("none", 1)
         claim_folder(
@@ -116,7 +126,27 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
         torch._dynamo.config.optimize_ddp = False  # older versions: not with checkpointing
         for denoiser in (G.mu, mu_fake, teacher.mu_real):
             denoiser.compile()
-    return Run(config, ranks, Signals(ranks), rows, teacher, pairs, distance, *learners)
+    return Run(config, ranks, Signals(ranks), teacher, pairs, distance, *learners)
+
+
+def open_pairs(config: Workload, step: int) -> Pairs:
+    """All pairs; where Table 5's phases say how many, those that step k may draw."""
+    first = config.at(step).num_pairs if config.phases else None
+    return Pairs(Path(config.pairs), config.dataset, first)
+
+
+def begin_phase(run: Run, step: int) -> int:
+    """Get ready for the settings that hold from this step on -> images per step.
+
+    The pairs are looked at anew, since more may have been made.
+    """
+    config = run.config.at(step)
+    if config.phases:
+        run.pairs = open_pairs(config, step)
+        changed = next(values for end, values in config.phases if step < end)
+        if run.ranks.rank == 0:
+            print(f"from step {step + 1} on: {changed or 'the settings of config.json'}")
+    return config.batch_size if config.lambda_dm else config.batch_size_ref
 
 
 def choose_distance(config: Workload, device: torch.device) -> Callable:
@@ -138,9 +168,9 @@ def lambda_reg(config: Workload, step: int) -> float:
 def training_step(run: Run, step: int) -> list[Tensor]:
     """One step -> its SCALARS. The batch may come in parts (accumulation): first G learns from all
     of them, then mu_fake does."""
-    config, teacher, G, mu_fake = run.config, run.teacher, run.G, run.mu_fake
+    config, teacher, G, mu_fake = run.config.at(step), run.teacher, run.G, run.mu_fake
     losses, generated, losses_fake = [], [], []
-    for rows, rows_ref in G.parts(run.rows, leave=run.signals.stop):
+    for rows, rows_ref in G.parts(split_batch(config, run.ranks), leave=run.signals.stop):
         # 1. Sample z ~ N(0, I) with its condition, and pairs (z_ref, y_ref) ~ D.
         batch = draw_batch(run, step, rows, rows_ref)
 
@@ -162,7 +192,8 @@ def training_step(run: Run, step: int) -> list[Tensor]:
                 )  # fmt: skip
         if config.lambda_reg:
             with run.autocast():
-                images, images_ref = teacher.decode(x_ref), teacher.decode(batch.y_ref)
+                images = teacher.decode(x_ref, config.decoder)
+                images_ref = teacher.decode(batch.y_ref, config.decoder)
             loss_reg = regression_loss(images, images_ref, run.distance)
         G.backward(config.lambda_dm * loss_kl + lambda_reg(config, step) * loss_reg)
         losses.append(torch.stack([loss_kl, loss_reg]).detach())
@@ -200,14 +231,14 @@ class Batch(NamedTuple):
 
 def draw_batch(run: Run, step: int, rows: Sequence[int], rows_ref: Sequence[int]) -> Batch:
     """Draw rows of step k's global batch: each a function of (seed, k, row) alone."""
-    config, teacher, pairs = run.config, run.teacher, run.pairs
+    config, teacher, pairs = run.config.at(step), run.teacher, run.pairs
     shape, line_4 = teacher.image_shape, config.kl_on_pairs
     u, noises = draw_rows("unpaired", config.seed, step, rows, (3, *shape))
     of_ref = (3, *shape) if line_4 else (3, 0)
     u_ref, noises_ref = draw_rows("paired", config.seed, step, rows_ref, of_ref)
     z_ref, y_ref, cond_ref = pairs.batch((u_ref[:, 0] * len(pairs)).long().tolist())
-    if config.num_classes:  # uniform class labels
-        cond = torch.cat([(u[:, 0] * config.num_classes).long(), cond_ref])
+    if teacher.num_classes:  # uniform class labels
+        cond = torch.cat([(u[:, 0] * teacher.num_classes).long(), cond_ref])
     elif pairs.prompts:  # those of random pairs
         cond = [pairs.prompts[k] for k in (u[:, 0] * len(pairs)).long().tolist()] + cond_ref
     else:
@@ -229,14 +260,14 @@ def split_batch(config: Workload, ranks: Ranks) -> list[tuple[range, range]]:
     (but for line 4), without distribution matching no unpaired ones.
     """
     parts = ranks.count * config.accumulate
-    if config.batch_size % parts or config.batch_size_ref % parts:
+    B = config.batch_size if config.lambda_dm else 0
+    R = config.batch_size_ref if config.lambda_reg or config.kl_on_pairs else 0
+    if B % parts or R % parts:
         raise UserError(
             f"--batch-size {config.batch_size} and --batch-size-ref {config.batch_size_ref} cannot "
             f"be split evenly over {ranks.count} ranks and {config.accumulate} parts each; choose "
             f"multiples of {parts}"
         )
-    B = config.batch_size if config.lambda_dm else 0
-    R = config.batch_size_ref if config.lambda_reg or config.kl_on_pairs else 0
     mine = range(ranks.rank * config.accumulate, (ranks.rank + 1) * config.accumulate)
     return [(share(B, part, parts), share(R, part, parts)) for part in mine]
 
@@ -266,7 +297,10 @@ def save(run: Run, step: int, log: Log) -> None:
     if run.ranks.rank == 0:
         generator = generator_file(run.G.average, run.config, run.teacher.record, step)
         out, keep = Path(run.config.out), run.config.keep
-        save_run(out, step, rows, state, generator, pictures(run), keep)
+        save_pictures(out, step, pictures(run))
+        if step == run.config.steps:
+            save_film(out)
+        save_run(out, step, rows, state, generator, keep)
     log.note_save()
 
 
@@ -277,16 +311,21 @@ def main(config: Workload) -> None:
     start, rows = load_checkpoint(out, run.stateful())
     if not ranks.agree(start):
         raise UserError(f"the ranks see different checkpoints; {out} must be on a shared disk")
-    images = config.batch_size if config.lambda_dm else config.batch_size_ref
-    log = Log(ranks, start, config.steps, rows, images, fp16=run.config.amp == "fp16")
+    log = Log(ranks, start, config.steps, rows, fp16=run.config.amp == "fp16")
+    if start == 0 and ranks.rank == 0:
+        save_pictures(out, 0, pictures(run))
+    begins = {start, *(end for end, _ in config.phases)}
     for step in range(start, config.steps):
+        if step in begins:
+            log.images = begin_phase(run, step)
         done = step
         with contextlib.suppress(Unfinished):  # told to stop between its parts: it is drawn again
             log.add(step, training_step(run, step), run.G.learning_rate(step))
             done = step + 1
         stop = run.signals.stop()
         late = ranks.any(log.minutes_since_save() > config.save_minutes)
-        due = stop or late or done == config.steps or done % config.save_every == 0
+        end = done == config.steps or done in begins
+        due = stop or late or end or done % config.save_every == 0
         if due and done > start:
             save(run, done, log)
         if stop and done < config.steps:

@@ -1,19 +1,24 @@
 """The workloads as one table: Appendix B's numbers, the small MNIST run, and every option once.
 
-    mnist        28x28 digits, teacher embedded in assets/, minutes on a CPU (not in the paper)
-    cifar10      EDM's CIFAR-10 network, conditional (cifar10-uncond: unconditional)
-    imagenet64   EDM's ImageNet-64 network
-    sd15         Stable Diffusion v1.5, the LAION-Aesthetics 6.25+ run
+    mnist            28x28 digits, teacher embedded in assets/, minutes on a CPU (not in the paper)
+    cifar10          EDM's CIFAR-10 network, conditional (cifar10-uncond: unconditional)
+    imagenet64       EDM's ImageNet-64 network
+    edm              any network of EDM's, its --teacher (not in the paper)
+    sd15             Stable Diffusion v1.5, the LAION-Aesthetics 6.25+ run
+    sd15-guidance8   the LAION-Aesthetics 6+ run, whose settings changed under way (Table 5)
 
 A row *is* the configuration of a run: make_pairs.py and train.py take the row of --dataset, with
 what the command line changes.
 """
 
+import os
+import re
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 
 from dmd_loss import T_MAX, T_MIN, WEIGHTINGS, T
 from plumbing.devices import AMP
+from plumbing.edm_files import read_edm_file
 from plumbing.options import Options, UserError, option
 
 ASSETS = Path(__file__).parent / "assets"
@@ -26,8 +31,11 @@ class Workload(Options):
     `free` marks what a run may be resumed with, since it does not change the result."""
 
     # What is distilled.
-    dataset: str = option(MISSING, "mnist, cifar10, cifar10-uncond, imagenet64, sd15")
-    network: dict = field(metadata={"free": True})  # EDMPrecond's arguments; of sd15 the image's
+    dataset: str = option(
+        MISSING, "mnist, cifar10, cifar10-uncond, imagenet64, edm, sd15, sd15-guidance8"
+    )
+    # EDMPrecond's arguments; of sd15 the image's; empty: those of the teacher's file
+    network: dict = field(metadata={"free": True})
     teacher: str = option(
         MISSING, "teacher weights: a file or an address; sd15: a folder or a Hub repository"
     )
@@ -81,6 +89,7 @@ class Workload(Options):
     learning_rate: float = option(MISSING, "peak learning rate of both networks", least=0)
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
+    phases: tuple[tuple[int, dict], ...] = ()  # (until this step, what is different), see `at`
     warmup: int = 500  # steps, linear
     grad_clip: float = 10.0  # L2 norm, each network by itself
     amp: str = option(
@@ -119,6 +128,15 @@ class Workload(Options):
             raise UserError(f"--steps of sd15 must be 2 to {T - 1}, not {self.solver_steps}")
         if not (self.lambda_dm or self.lambda_reg):
             raise UserError("with --lambda-dm 0 and --lambda-reg 0 there is nothing to learn")
+        if self.phases and self.steps > self.phases[-1][0]:
+            raise UserError(
+                f"--steps of {self.dataset} must be at most {self.phases[-1][0]}, where its last "
+                f"phase ends, not {self.steps}"
+            )
+
+    def at(self, step: int) -> "Workload":
+        """The row that holds in step k: Table 5's phases change some of its values."""
+        return replace(self, **next((values for end, values in self.phases if step < end), {}))
 
     @property
     def latent(self) -> bool:
@@ -152,8 +170,8 @@ ROWS = {
     "mnist": dict(
         network=dict(
             model_type="SongUNet", img_resolution=28, img_channels=1, label_dim=10,
-            model_channels=16, channel_mult=[1, 2, 4], channel_mult_emb=4, channel_mult_noise=4,
-            num_blocks=2, attn_resolutions=[7], dropout=0.0,
+            model_channels=16, channel_mult=[1, 1, 4], channel_mult_emb=4, channel_mult_noise=4,
+            num_blocks=1, attn_resolutions=[7], dropout=0.0,
         ),
         teacher=str(ASSETS / "mnist_teacher.safetensors"),
         num_pairs=2000, solver_steps=18, distance="l2", lambda_reg=1.0, lambda_reg_decay=0.2,
@@ -176,6 +194,7 @@ ROWS = {
         num_pairs=25_000, solver_steps=256, steps=350_000, batch_size=336, batch_size_ref=336,
         learning_rate=2e-6,
     ),
+    "edm": CIFAR10 | dict(network={}, teacher="", reference=""),
     "sd15": dict(
         network=dict(img_resolution=64, img_channels=4, label_dim=0),  # the condition is text
         teacher="stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -185,10 +204,49 @@ ROWS = {
         learning_rate=1e-5,
     ),
 }  # fmt: skip
+
+# Table 5: until which step, and what was other than in its eighth row, from 74,000 to 80,000.
+FULL_DECODER = dict(decoder="full", batch_size=1280, batch_size_ref=320)
+TABLE_5 = (
+    (5_400, dict(num_pairs=2_500_000, lambda_reg=0.1, max_dm_step=T_MAX)),
+    (8_600, dict(num_pairs=2_500_000, lambda_reg=0.5, max_dm_step=T_MAX)),
+    (21_100, dict(num_pairs=2_500_000, max_dm_step=T_MAX)),
+    (56_300, dict(num_pairs=4_000_000, max_dm_step=T_MAX)),
+    (60_100, dict(num_pairs=6_000_000, max_dm_step=T_MAX)),
+    (68_000, dict(num_pairs=9_000_000, max_dm_step=T_MAX)),
+    (74_000, dict(max_dm_step=T_MAX)),
+    (80_000, {}),
+    (127_000, FULL_DECODER),
+    (149_500, FULL_DECODER | dict(lambda_reg=0.75)),
+    (162_500, FULL_DECODER | dict(lambda_reg=0.5)),
+    (165_000, FULL_DECODER | dict(lambda_reg=0.25)),
+)
+ROWS["sd15-guidance8"] = ROWS["sd15"] | dict(  # 32 + 16 samples on each of about 80 GPUs
+    num_pairs=12_000_000, guidance=8.0, steps=165_000, batch_size=2560, batch_size_ref=1280,
+    lambda_reg=1.0, max_dm_step=500, phases=TABLE_5,
+)  # fmt: skip
 WORKLOADS = {
     name: Workload(dataset=name, pairs=f"pairs/{name}", out=f"runs/{name}", **row)
     for name, row in ROWS.items()
 }
+
+
+EDM_NUMBERS = (
+    "num_pairs", "solver_steps", "steps", "batch_size", "batch_size_ref", "learning_rate",
+)  # fmt: skip
+
+
+def image_size(teacher: str) -> int:
+    """Pixels along each side of an EDM network's images: of its file, or as its name says, which is
+    how EDM's released ones are called."""
+    if Path(teacher).is_file():
+        _, kwargs, _ = read_edm_file(teacher)
+        if not kwargs:
+            raise UserError(f"{teacher} does not say which network it is of; use the file of a run")
+        return kwargs["img_resolution"]
+    if named := re.search(r"-(\d+)x\d+-", teacher):
+        return int(named[1])
+    raise UserError(f"{teacher} is no file here; download it, and give --teacher its path")
 
 
 def get_workload(dataset: str = "mnist", **changed) -> Workload:
@@ -199,7 +257,16 @@ def get_workload(dataset: str = "mnist", **changed) -> Workload:
     if dataset not in WORKLOADS:
         raise UserError(f"unknown dataset {dataset!r}; known: {', '.join(WORKLOADS)}")
     row = WORKLOADS[dataset]
+    if dataset == "edm" and "teacher" in changed:
+        like = "imagenet64" if image_size(changed["teacher"]) >= 64 else "cifar10"
+        row = replace(row, **{name: ROWS[like][name] for name in EDM_NUMBERS})
+        if os.environ.get("RANK", "0") == "0":
+            print(f"edm: what is not given is as in {like}")
     if "batch_size" in changed and "batch_size_ref" not in changed:
         ratio = row.batch_size_ref / row.batch_size
         changed["batch_size_ref"] = max(1, round(ratio * changed["batch_size"]))
-    return replace(row, **changed)
+    phases = [  # what is given holds in all of them
+        (end, {name: value for name, value in values.items() if name not in changed})
+        for end, values in row.phases
+    ]
+    return replace(row, **{"phases": tuple(phases), **changed})

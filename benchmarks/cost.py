@@ -14,6 +14,7 @@ is float32 too, whose convolutions a GPU may do by TF32, at a rate between the t
 
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def forward_flops(dataset: str) -> int:
     """Operations of the workload's network for one image."""
     with torch.device("meta"):
         x = torch.zeros(1, *WORKLOADS[dataset].image_shape)
-        if dataset == "sd15":
+        if WORKLOADS[dataset].latent:
             t = torch.zeros(1, dtype=torch.long)
             return flops(UNet(SD15["unet"]), x, t, torch.zeros(1, 77, 768))
         return flops(EDMPrecond(**WORKLOADS[dataset].network).eval(), x, torch.ones(1))
@@ -90,11 +91,18 @@ def main(config: Config) -> None:
     print(f"{peaks} at {config.utilisation:.0%}")
     print(f"{'':16}{'forward':>12}{'step':>12}{'steps':>9}{'pairs':>12}{'training':>12}")
     for dataset, workload in WORKLOADS.items():
+        if not workload.network:  # that of a file
+            continue
         forward = forward_flops(dataset)
         step = step_flops(workload, forward)
+        ends = [end for end, _ in workload.phases] or [workload.steps]
+        all_steps = sum(
+            (end - start) * step_flops(workload.at(start), forward)
+            for start, end in pairwise([0, *ends])
+        )
         peak = config.tflops if workload.latent else config.tflops_float32  # for the pairs
         pairs_days = pairs_flops(workload, forward) / (peak * per_day)
-        training_days = step * workload.steps / (config.tflops * per_day)
+        training_days = all_steps / (config.tflops * per_day)
         print(
             f"{dataset:16}{forward / 1e9:8.1f} GFLOP{step / 1e12:6.1f} TFLOP{workload.steps:9d}"
             f"{pairs_days:7.2f} days{training_days:7.2f} days"

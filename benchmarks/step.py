@@ -40,7 +40,7 @@ from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import shards
 from workloads import WORKLOADS, Workload, get_workload
 
-DATASETS = tuple(name for name, row in WORKLOADS.items() if not row.latent)
+DATASETS = tuple(name for name, row in WORKLOADS.items() if row.network and not row.latent)
 
 
 @dataclass

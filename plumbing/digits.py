@@ -1,4 +1,4 @@
-"""MNIST, and what judges digits: a small classifier and the three figures of evaluate.py.
+"""MNIST, and what judges digits: a small classifier, and figures that rest on its features.
 
 Its weights and the test images' statistics are in assets/, from assets/train_classifier.py.
 """
@@ -14,25 +14,35 @@ from plumbing.files import load_strictly, one_line, read_tensors
 from plumbing.options import UserError
 
 ASSETS = Path(__file__).parent.parent / "assets"
-CLASSIFIER = ASSETS / "mnist_classifier.safetensors"
-STATISTICS = ASSETS / "mnist_statistics.safetensors"
+CLASSIFIER, STATISTICS = "mnist_classifier.safetensors", "mnist_statistics.safetensors"
+
+
+def trunk(architecture: str) -> nn.Sequential:
+    """Images (B, 1, 28, 28) -> features (B, 128)."""
+    if architecture == "lenet":  # after LeCun et al. 1998: large filters, pooling, a dense layer
+        return nn.Sequential(
+            nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(),
+        )  # fmt: skip
+    layers, c_in = [], 1  # "convolutions": small filters, strides, a mean over the pixels
+    for c_out, stride in ((32, 1), (32, 2), (64, 1), (64, 2), (128, 1)):
+        layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.ReLU()]
+        c_in = c_out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 class MNISTClassifier(nn.Module):
-    """A small convolutional classifier; its features are the last hidden layer, (B, 128)."""
+    """A small classifier; its features are the last hidden layer, (B, 128)."""
 
-    def __init__(self):
+    def __init__(self, architecture: str = "convolutions"):
         super().__init__()
-        layers, c_in = [], 1
-        for c_out, stride in ((32, 1), (32, 2), (64, 1), (64, 2), (128, 1)):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.ReLU()]
-            c_in = c_out
-        self.trunk = nn.Sequential(*layers)
+        self.trunk = trunk(architecture)
         self.head = nn.Linear(128, 10)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 1, 28, 28) in [-1, 1] -> features (B, 128), logits (B, 10)."""
-        features = self.trunk(images).mean(dim=(2, 3))
+        features = self.trunk(images)
         return features, self.head(features)
 
 
@@ -44,32 +54,68 @@ def classify(classifier: nn.Module, images: Tensor, device: torch.device) -> tup
     return torch.cat(features).cpu(), torch.cat(logits).cpu()
 
 
-def load_classifier(device: torch.device) -> nn.Module:
-    """The classifier of assets/, in eval mode."""
-    classifier = MNISTClassifier()
-    load_strictly(classifier, read_tensors(CLASSIFIER)[0], CLASSIFIER)
+def load_classifier(device: torch.device, folder: Path = ASSETS) -> nn.Module:
+    """The classifier of assets/, or another one of assets/train_classifier.py, in eval mode."""
+    tensors, metadata = read_tensors(folder / CLASSIFIER)
+    classifier = MNISTClassifier(metadata.get("architecture", "convolutions"))
+    load_strictly(classifier, tensors, folder / CLASSIFIER)
     return classifier.eval().to(device)
 
 
-def class_diversity(images: Tensor, labels: Tensor) -> float:
-    """Mean Euclidean distance between two images (N, C, H, W) of a class, averaged over the classes
-    of labels (N,) long."""
+def class_diversity(images: Tensor, labels: Tensor) -> Tensor:
+    """Mean Euclidean distance between two images (N, C, H, W) of a class -> (classes,) float64, in
+    the order of the labels (N,) long."""
     by_class = [images[labels == label].flatten(1).double() for label in labels.unique()]
-    return float(torch.stack([pdist(of_class).mean() for of_class in by_class]).mean())
+    return torch.stack([pdist(of_class).mean() for of_class in by_class])
 
 
-def measure(images: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
+def measure(
+    images: Tensor, labels: Tensor, device: torch.device, folder: Path = ASSETS
+) -> dict[str, float]:
     """The three figures that evaluate.py explains, of images (N, 1, 28, 28) in [-1, 1] made for
-    labels (N,) long: "fd", "accuracy" (0 .. 1), "diversity" (1 = the test images'); and N."""
-    classifier, (statistics, _) = load_classifier(device), read_tensors(STATISTICS)
+    labels (N,) long, by the judge in a folder: "fd", "accuracy" (0 .. 1), "diversity" (1 = the
+    test images'); and N."""
+    classifier, (statistics, _) = load_classifier(device, folder), read_tensors(folder / STATISTICS)
     features, logits = classify(classifier, images, device)
     mean, covariance = mean_and_covariance(features)
+    diversity = class_diversity(images, labels).mean() / statistics["diversity"].mean()
     return {
         "fd": frechet_distance(mean, covariance, statistics["mean"], statistics["covariance"]),
         "accuracy": float((logits.argmax(1) == labels).double().mean()),
-        "diversity": class_diversity(images, labels) / float(statistics["diversity"]),
+        "diversity": float(diversity),
         "samples": len(images),
     }
+
+
+def neighbours(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, float]:
+    """How two sets of features (N, D) lie among each other, each as a share 0 .. 1.
+
+    The ball of a point reaches to its k-th nearest neighbour of its own set.
+
+    Returns:
+        precision: generated points in a real one's ball; recall: real points in a generated one's
+        ball (both Kynkaanniemi et al. 2019, arXiv 1904.06991); coverage: real points whose own ball
+        holds a generated one (Naeem et al. 2020, arXiv 2002.09797; at equal distributions
+        1 - 2^-k, which is 0.875).
+    """
+
+    def radii(points: Tensor) -> Tensor:
+        rows = (torch.cdist(part, points).kthvalue(k + 1).values for part in points.split(1000))
+        return torch.cat(list(rows))  # (the nearest is the point itself)
+
+    radius_real, radius_generated = radii(real), radii(generated)
+    precision, recall, coverage = [], [], []
+    for rows, radius in zip(real.split(1000), radius_real.split(1000), strict=True):
+        distances = torch.cdist(rows, generated)  # (1000, N)
+        precision.append((distances <= radius[:, None]).any(0))
+        recall.append((distances <= radius_generated).any(1))
+        coverage.append((distances <= radius[:, None]).any(1))
+    shares = {
+        "precision": torch.stack(precision).any(0),
+        "recall": torch.cat(recall),
+        "coverage": torch.cat(coverage),
+    }
+    return {name: float(share.double().mean()) for name, share in shares.items()}
 
 
 def load_mnist(folder: str, train: bool) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ A folder of pairs holds `meta.json` (dataset, teacher, solver, ... : how they we
 and, of a text-conditional teacher, the N prompts in its metadata.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -95,21 +96,27 @@ class Pairs:
     Args:
         folder: as written by make_pairs.py.
         dataset: what the pairs must have been made for.
+        first: use this many of them, from the first on; None: all.
 
     Attributes:
         meta: meta.json.
         prompts: of all pairs, for a text-conditional teacher, else empty.
     """
 
-    def __init__(self, folder: Path, dataset: str):
+    def __init__(self, folder: Path, dataset: str, first: int | None = None):
         remedy = f"run: python make_pairs.py --dataset {dataset} --out {folder}"
+        remedy += f" --num-pairs {first}" if first else ""
         if not (folder / "meta.json").exists():
             raise UserError(f"no pairs in {folder}; {remedy}")
         self.folder, self.meta = folder, read_json(folder / "meta.json")
         if self.meta.get("dataset") != dataset or "shard_size" not in self.meta:
             made_for = self.meta.get("dataset")
             raise UserError(f"{folder} holds pairs of {made_for}, not of {dataset}; {remedy}")
-        files = shards(folder, self.meta)
+        made, size = self.meta["num_pairs"], self.meta["shard_size"]
+        self.count = first or made
+        if self.count > made:
+            raise UserError(f"{folder} holds {made} pairs, but {first} are needed now; {remedy}")
+        files = shards(folder, self.meta)[: math.ceil(self.count / size)]
         missing = sum(not path.exists() for path, _ in files)
         if missing:
             raise UserError(f"{missing} of {len(files)} shards miss in {folder}; {remedy}")
@@ -117,7 +124,7 @@ class Pairs:
         self.prompts = [p for file in self.shards for p in read_metadata(file).get("prompts", [])]
 
     def __len__(self) -> int:
-        return self.meta["num_pairs"]
+        return self.count
 
     def check_teacher(self, teacher: dict[str, str]) -> None:
         """Raise UserError unless the pairs were made by this teacher, {"name", "sha256"}."""

@@ -2,7 +2,7 @@
 
     config.json                what decides the result; another run's folder is left alone
     log.csv, curves.png        SCALARS of every step
-    samples_STEP.png           pictures
+    samples_STEP.png           pictures; at the end training.gif, a film of them
     generator.safetensors      G, with all it takes to build it again
     checkpoint.pt              everything needed to go on; tensors and plain numbers only
 
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -93,28 +94,43 @@ def save_run(
     rows: list[dict],
     state: dict,
     generator: tuple[dict[str, Tensor], dict[str, str]],
-    bands: list[Tensor],
     keep: int,
 ) -> None:
-    """Write log, pictures, generator and checkpoint, each atomically.
+    """Write log, curves, generator and checkpoint, each atomically.
 
     Args:
         step: number of steps done.
         rows: of the log.
         state: what load_checkpoint needs, and "step".
         generator: its tensors, and what the file says of them.
-        bands: rows of images, (N, C, H, W) in [-1, 1] each.
         keep: if several, that many checkpoints also stay under the names of their steps.
     """
     write_csv(out / "log.csv", rows)
     draw_curves(out / "curves.png", rows)
-    scale = max(1, 64 // bands[0].shape[-1])
-    save_grid(out / f"samples_{step:06d}.png", torch.cat(bands), len(bands[0]), scale)
     write_tensors(out / "generator.safetensors", *generator, format="pt")
     # Last: what is not in the checkpoint is written again by whoever goes on from it.
     write_torch(out / "checkpoint.pt", state)
     if keep > 1:
         keep_copies(out, step, keep)
+
+
+def save_pictures(out: Path, step: int, bands: list[Tensor]) -> None:
+    """samples_STEP.png: rows of images, (N, C, H, W) in [-1, 1] each."""
+    scale = max(1, 64 // bands[0].shape[-1])
+    save_grid(out / f"samples_{step:06d}.png", torch.cat(bands), len(bands[0]), scale)
+
+
+def save_film(out: Path) -> None:
+    """training.gif: all samples_STEP.png in turn, at most 640 pixels wide, five a second."""
+    frames = []
+    for path in sorted(out.glob("samples_*.png")):
+        with Image.open(path) as picture:
+            picture.thumbnail((640, 640))
+            frames.append(picture.convert("L" if picture.mode == "L" else "RGB"))
+    how = {"save_all": True, "append_images": frames[1:], "loop": 0}
+    how["duration"] = [200] * (len(frames) - 1) + [2000]  # milliseconds
+    with atomic_path(out / "training.gif") as temporary:
+        frames[0].save(temporary, format="GIF", **how)
 
 
 def keep_copies(out: Path, step: int, keep: int) -> None:
@@ -151,14 +167,16 @@ class Log:
     Args:
         start, steps: of the run.
         rows: what was logged before.
-        images: per step, over all ranks: unpaired ones (paired ones, if these are alone).
         fp16: gradients may be infinite now and then, see optim.Learner.step.
+
+    Attributes:
+        images: per step, over all ranks: unpaired ones (paired ones, if these are alone).
     """
 
-    def __init__(
-        self, ranks: Ranks, start: int, steps: int, rows: list[dict], images: int, fp16: bool
-    ):
-        self.ranks, self.steps, self.rows, self.images, self.fp16 = ranks, steps, rows, images, fp16
+    images = 0
+
+    def __init__(self, ranks: Ranks, start: int, steps: int, rows: list[dict], fp16: bool):
+        self.ranks, self.steps, self.rows, self.fp16 = ranks, steps, rows, fp16
         self.waiting = []
         hidden = ranks.rank > 0
         self.bar = tqdm(total=steps, initial=start, desc="train", mininterval=0.5, disable=hidden)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import ROOT, fails_in_one_line, run
 
 from plumbing.options import UserError
 from sd_loader import sd_noise_table
-from workloads import WORKLOADS
+from workloads import ASSETS, WORKLOADS
 
 
 def load(name: str):
@@ -124,32 +125,83 @@ def test_the_two_lpips_differ_in_the_pooling_alone():
     assert ((average / ours - 1).abs() > 0.01).all()
 
 
-def test_ablation_measures_once_and_writes_its_table(tmp_path, pairs, monkeypatch, capsys):
-    ablation = load("ablation")
-    monkeypatch.setattr(ablation, "VARIANTS", {"no KL": ["--lambda-dm", "0"]})
-    config = ablation.Config(str(tmp_path / "out"), str(pairs), seeds=1, steps=1, samples=200)
-    ablation.main(config)
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| no KL"]
-    assert (tmp_path / "out" / "variants.png").stat().st_size > 1000
+@pytest.fixture
+def reproduce(monkeypatch, pairs):
+    """benchmarks/reproduce.py with little to do: made-up test digits, no solver but the untrained
+    student's, one step of two variants, 200 digits of each."""
+    module = load("reproduce")
+    digits, labels = torch.rand(300, 1, 28, 28) * 2 - 1, torch.arange(300) % 10
+    monkeypatch.setattr(module, "load_mnist", lambda folder, train: (digits, labels))
+    monkeypatch.setattr(module, "SAMPLES", 200)
+    monkeypatch.setattr(module, "SOLVERS", dict(list(module.SOLVERS.items())[:1]))
+    monkeypatch.setattr(module, "TABLE_2", {"full": [], "no KL": ["--lambda-dm", "0"]})
+    monkeypatch.setattr(module, "DEPARTURES", {})
+    monkeypatch.setattr(module, "SEEDS_OF_OTHERS", 1)
+    monkeypatch.setattr(module, "SEEDS", {"full": 1})
+    monkeypatch.setattr(module, "publish", lambda config: None)
+    original = module.run
 
-    def nothing_to_run(script, *arguments):
-        raise AssertionError(f"{script} is run again")
+    def run_little(script, *arguments, jobs=1):
+        if script == "train.py":
+            where = arguments.index("--pairs") + 1
+            arguments = (*arguments[:where], pairs, *arguments[where + 1 :], "--steps", 1)
+        if script == "make_pairs.py":
+            return 1.0
+        if script == "assets/train_classifier.py":  # the second judge is the first one
+            shutil.copytree(ASSETS, arguments[arguments.index("--out") + 1])
+            return 1.0
+        return original(script, *arguments, jobs=jobs)
 
-    monkeypatch.setattr(ablation, "run", nothing_to_run)
-    ablation.main(config)
-    assert (tmp_path / "out" / "table.md").read_text() == table
-    with pytest.raises(UserError, match="another trial"):
-        ablation.main(ablation.Config(config.out, config.pairs, seeds=1, steps=2, samples=200))
+    monkeypatch.setattr(module, "run", run_little)
+    return module
 
 
-def test_the_ablation_table_shows_mean_and_range():
-    runs = [
-        {"fd": 1.0, "accuracy": 0.98, "diversity": 0.9},
-        {"fd": 3.0, "accuracy": 0.96, "diversity": 1.1},
-    ]
-    row = load("ablation").table({"full": runs}).splitlines()[-1]
-    assert row == "| full | 2.00 (1.00 .. 3.00) | 97.0 (96.0 .. 98.0) % | 1.00 (0.90 .. 1.10) |"
+def test_reproduce_measures_once_and_mixes_nothing(reproduce, tmp_path, monkeypatch):
+    config = reproduce.Config(out=str(tmp_path / "results"), runs=str(tmp_path / "runs"), jobs=2)
+    reproduce.main(config)
+    path = tmp_path / "results" / "mnist.json"
+    results = json.loads(path.read_text())
+    assert list(results) == [reproduce.REAL, *reproduce.SOLVERS, "full", "no KL"]
+    (entry,) = results["full"].values()
+    assert set(entry["judges"]["convolutions"]) == {*reproduce.FIGURES, "samples"}
+    assert len(entry["diversity_by_class"]) == 10 and set(entry["seconds"]) >= {"pairs", "train"}
+
+    def nothing_to_run(script, *arguments, jobs=1):
+        assert script == "make_pairs.py", f"{script} is run again"
+        return 1.0
+
+    monkeypatch.setattr(reproduce, "run", nothing_to_run)
+    reproduce.main(config)
+    assert json.loads(path.read_text()) == results
+    changed = reproduce.dependencies() | {"losses": "0" * 16}
+    monkeypatch.setattr(reproduce, "dependencies", lambda: changed)
+    with pytest.raises(UserError, match="made with another losses than today's"):
+        reproduce.main(config)
+    assert json.loads(path.read_text()) == results
+
+
+def test_what_reproduce_depends_on(tmp_path, monkeypatch):
+    """Comments and docstrings do not count, numbers do."""
+    reproduce = load("reproduce")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+
+    def hash_of(text: str) -> str:
+        (tmp_path / "code.py").write_text(text)
+        return reproduce.code_hash("code.py")
+
+    one = hash_of('"""Module."""\n\ndef f(x):\n    """What."""\n    return 2 * x  # twice\n')
+    assert hash_of("def f(x):\n    return 2 * x\n") == one
+    assert hash_of("def f(x):\n    return 3 * x\n") != one
+
+
+def test_tables_show_mean_and_range_and_fill_the_markers():
+    reproduce = load("reproduce")
+    assert reproduce.cell([1.0, 3.0, 2.0], "{:.1f}") == "2.0 (1.0 .. 3.0)"
+    assert reproduce.cell([0.98], "{:.1%}") == "98.0%"
+    text = "a\n<!-- table: x -->\nold\n<!-- end -->\nb\n"
+    filled = reproduce.fill(text, {"x": "| new |\n"})
+    assert filled == "a\n<!-- table: x -->\n| new |\n<!-- end -->\nb\n"
+    assert reproduce.fill(filled, {"x": "| new |\n"}) == filled
 
 
 @pytest.mark.parametrize("by_size", [{}, {"mnist": {28: {"step": 9.0, "GiB": 1.0}}}])

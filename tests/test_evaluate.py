@@ -35,8 +35,35 @@ random_weights = test_fid.random_weights  # a fixture: a file like that of Incep
 def test_diversity_is_the_mean_pairwise_distance_within_classes():
     images = torch.tensor([0.0, 3.0, 6.0, 10.0, 14.0]).reshape(5, 1, 1, 1)
     labels = torch.tensor([0, 0, 0, 1, 1])
-    expected = ((3 + 3 + 6) / 3 + 4) / 2
-    assert digits.class_diversity(images, labels) == pytest.approx(expected)
+    assert digits.class_diversity(images, labels).tolist() == pytest.approx([(3 + 3 + 6) / 3, 4])
+
+
+def test_neighbours_on_a_line():
+    """Real points 0, 1, 2, 10 and generated 1.5, 2.5, 3.25, 30, with balls to the first
+    neighbour."""
+    real = torch.tensor([[0.0], [1.0], [2.0], [10.0]])  # balls reach 1, 1, 1, 8
+    generated = torch.tensor([[1.5], [2.5], [3.25], [30.0]])  # 1, 0.75, 0.75, 26.75
+    found = digits.neighbours(real, generated, k=1)
+    # 1.5 and 2.5 lie in the balls of 1 and 2, 2.5 and 3.25 in that of 10; 30 in none.
+    assert found["precision"] == 3 / 4
+    # 1 and 2 lie in the ball of 1.5, 10 in that of 30 alone; 0 in none.
+    assert found["recall"] == 3 / 4
+    assert found["coverage"] == 3 / 4  # no generated point is within 1 of 0
+
+
+def test_neighbours_tell_lost_modes_from_blur():
+    draws = torch.Generator().manual_seed(0)
+    real = torch.randn(1500, 8, generator=draws)
+    real[750:, 0] += 20  # two modes
+    again = torch.randn(1500, 8, generator=draws)
+    again[750:, 0] += 20
+    same = digits.neighbours(real, again)
+    assert same["coverage"] == pytest.approx(1 - 2**-3, abs=0.03)
+    lost = digits.neighbours(real, again[:750].repeat(2, 1) + 1e-3 * again)
+    assert lost["precision"] > 0.9 * same["precision"]
+    assert lost["recall"] < 0.55 and lost["coverage"] < 0.55 * same["coverage"] + 0.1
+    blurred = digits.neighbours(real, again + 3 * torch.randn(1500, 8, generator=draws))
+    assert blurred["precision"] < 0.3
 
 
 def test_no_mnist_and_no_network(tmp_path, monkeypatch):

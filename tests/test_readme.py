@@ -1,6 +1,9 @@
-"""The README's line links and line counts are true. `python tests/test_readme.py` mends them."""
+"""The README's line links, line counts and tables are true. `python tests/test_readme.py` mends
+them."""
 
+import json
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -38,13 +41,23 @@ def mended(text: str) -> str:
         file = match["file"]
         return f"| [{file}]({file}) | {length(file)} |"
 
-    return COUNT.sub(count, LINK.sub(link, text))
+    from benchmarks.reproduce import fill, tables  # late: found by pytest, or by the last lines
+
+    results = json.loads((ROOT / "results" / "mnist.json").read_text(encoding="utf-8"))
+    return fill(COUNT.sub(count, LINK.sub(link, text)), tables(results))
 
 
 def test_links_point_at_definitions_and_counts_are_right():
     text = README.read_text(encoding="utf-8")
     assert len(LINK.findall(text)) > 15 and len(COUNT.findall(text)) > 12
     assert mended(text) == text, "run: python tests/test_readme.py"
+
+
+def test_the_page_of_results_is_what_the_file_gives():
+    from benchmarks.reproduce import page
+
+    results = json.loads((ROOT / "results" / "mnist.json").read_text(encoding="utf-8"))
+    assert page(results) == (ROOT / "results" / "mnist.md").read_text(encoding="utf-8")
 
 
 def test_every_script_is_in_the_reading_order():
@@ -60,4 +73,5 @@ def test_links_to_files_exist():
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     README.write_text(mended(README.read_text(encoding="utf-8")), encoding="utf-8")

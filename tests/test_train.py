@@ -8,22 +8,26 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from urllib.error import URLError
 
 import lpips
+import numpy as np
 import pytest
 import torch
-from conftest import TINY, files, start, tiny_config
+from conftest import TINY, files, pairs_config, start, tiny_config
 from PIL import Image
 
+import make_pairs
 import train
 from edm_unet import heun_sample
 from plumbing.devices import Ranks
 from plumbing.files import read_tensors, write_tensors
 from plumbing.optim import Learner, learning_rate
 from plumbing.options import UserError
-from plumbing.pairs import sample_noise
+from plumbing.pairs import Pairs, sample_noise
 from plumbing.rundir import SCALARS, Log, Signals, keep_copies
 from teachers import load_generator, load_teacher
 from workloads import WORKLOADS, get_workload
@@ -87,8 +91,8 @@ def test_training_noise_is_not_the_pairs_noise(pairs, tmp_path, monkeypatch):
 def test_run_folder(finished_run):
     names = set(files(finished_run))
     assert names == {
-        "config.json", "log.csv", "curves.png", "samples_000002.png",
-        "checkpoint.pt", "generator.safetensors",
+        "config.json", "log.csv", "curves.png", "samples_000000.png", "samples_000002.png",
+        "training.gif", "checkpoint.pt", "generator.safetensors",
     }  # fmt: skip
     rows = list(csv.DictReader((finished_run / "log.csv").open()))
     assert [row["step"] for row in rows] == ["1", "2"]
@@ -98,6 +102,17 @@ def test_run_folder(finished_run):
     assert picture.size == (2 * (2 + 10 * 30), 2 * (2 + 3 * 30))
     G, metadata = load_generator(finished_run / "generator.safetensors")
     assert metadata["step"] == "2" and not any(p.requires_grad for p in G.parameters())
+
+
+def test_the_film_shows_every_picture_in_turn(finished_run):
+    """From before the first step to the end."""
+    with Image.open(finished_run / "training.gif") as film:
+        assert film.n_frames == 2
+        for frame, step in enumerate((0, 2)):
+            film.seek(frame)
+            picture = Image.open(finished_run / f"samples_{step:06d}.png")
+            difference = np.asarray(film.convert("L"), float) - np.asarray(picture, float)
+            assert np.abs(difference).max() < 3
 
 
 def test_before_training_the_generator_is_the_teachers_one_step(tmp_path, pairs):
@@ -221,7 +236,7 @@ def test_a_run_told_to_stop_in_its_first_step_leaves_nothing(small, tmp_path, mo
     monkeypatch.setattr(train, "draw_batch", told)
     with pytest.raises(SystemExit):
         train.main(tiny_config(small, tmp_path / "run", steps=3, accumulate=2))
-    assert set(files(tmp_path / "run")) == {"config.json"}
+    assert set(files(tmp_path / "run")) == {"config.json", "samples_000000.png"}
 
 
 def test_a_run_is_saved_by_the_minute(small, tmp_path, monkeypatch):
@@ -235,7 +250,7 @@ def test_a_run_is_saved_by_the_minute(small, tmp_path, monkeypatch):
     monkeypatch.setattr(Log, "add", slow)
     train.main(tiny_config(small, tmp_path / "run", steps=7, save_minutes=5))
     saved = sorted(path.stem for path in (tmp_path / "run").glob("samples_*"))
-    assert saved == ["samples_000003", "samples_000006", "samples_000007"]
+    assert saved == ["samples_000000", "samples_000003", "samples_000006", "samples_000007"]
 
 
 @pytest.mark.slow
@@ -372,7 +387,7 @@ def test_gradients_are_clipped_to_the_norm():
 def test_what_is_not_finite_stops_the_run(value):
     """Except fp16's gradients, which the scaler takes care of."""
     for amp in ("off", "bf16", "fp16"):
-        log = Log(ALONE, 0, 9, [], images=1, fp16=amp == "fp16")
+        log = Log(ALONE, 0, 9, [], fp16=amp == "fp16")
         for at, name in enumerate(SCALARS):
             row = [value if i == at else 1.0 for i in range(5)]
             if amp == "fp16" and name in ("grad_norm_G", "grad_norm_fake"):
@@ -387,7 +402,7 @@ def test_an_infinite_gradient_stops_the_run(small, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "l2_distance", lambda x, y: 1e37 * (x - x.detach()))
     with pytest.raises(UserError, match=r"grad_norm_G is (nan|inf) at step 1"):
         train.main(tiny_config(small, tmp_path / "run", steps=1))
-    assert set(files(tmp_path / "run")) == {"config.json"}
+    assert set(files(tmp_path / "run")) == {"config.json", "samples_000000.png"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -621,4 +636,89 @@ def test_pairs_that_cannot_be_used(pairs, tmp_path):
     (folder / "meta.json").write_text('{"dataset": "mn')
     with pytest.raises(UserError, match="is not JSON"):
         start(folder)
+    assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Phases (Table 5)
+
+PHASES = (
+    (2, {"num_pairs": 8, "lambda_reg": 0.1}),
+    (4, {"num_pairs": 16, "max_dm_step": 500, "weighting": "alg2"}),
+    (6, {"batch_size": 2, "batch_size_ref": 1}),
+)
+
+
+def test_phases_are_the_same_settings_by_hand(small, tmp_path, capsys, monkeypatch, one_thread):
+    """Three phases, straight and interrupted within the second, and every step by hand."""
+    plain = tiny_config(small, tmp_path / "by-hand", num_pairs=20, steps=6)
+    run, norms = train.prepare(plain, ALONE), []
+    prepared = run.config
+    for step in range(6):
+        changed = next(values for end, values in PHASES if step < end)
+        run.config = replace(prepared, **changed)
+        run.pairs = Pairs(Path(plain.pairs), "mnist", run.config.num_pairs)
+        norms.append(train.training_step(run, step)[3])
+
+    straight = tiny_config(small, tmp_path / "straight", num_pairs=20, steps=6, phases=PHASES)
+    train.main(straight)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("from step")]
+    assert said == [
+        "from step 1 on: {'num_pairs': 8, 'lambda_reg': 0.1}",
+        "from step 3 on: {'num_pairs': 16, 'max_dm_step': 500, 'weighting': 'alg2'}",
+        "from step 5 on: {'batch_size': 2, 'batch_size_ref': 1}",
+    ]
+    logged = [float(row[SCALARS.index("grad_norm_G")]) for row in scalars(tmp_path / "straight")]
+    assert logged == pytest.approx([float(norm) for norm in norms], rel=1e-4)
+    saved = torch.load(tmp_path / "straight" / "checkpoint.pt", weights_only=True)
+    for name, value in run.G.network.state_dict().items():
+        assert torch.equal(value, saved["G"]["network"][name]), name
+
+    halfway = replace(straight, out=str(tmp_path / "halfway"))
+    original = train.training_step
+
+    def stopped(run, step):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, step)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "training_step", stopped)
+        train.main(halfway)
+    assert len(scalars(tmp_path / "halfway")) == 3
+    train.main(halfway)
+    same_run(tmp_path / "straight", tmp_path / "halfway")
+
+
+def test_a_phase_waits_for_its_pairs(small, tmp_path):
+    """What was done is saved; with more pairs, made meanwhile, the run goes on."""
+    pairs = tmp_path / "pairs"
+    how = {"steps": 3, "shard_size": 8, "device": "cpu", "teacher": small["teacher"], "out": pairs}
+    make_pairs.main(pairs_config(num_pairs=8, **how))
+    config = tiny_config(
+        small | {"pairs": str(pairs)}, tmp_path / "run", num_pairs=20, steps=6, phases=PHASES
+    )
+    need = r"holds 8 pairs, but 16 are needed now; run: python make_pairs.py .*--num-pairs 16"
+    for _ in range(2):
+        with pytest.raises(UserError, match=need):
+            train.main(config)
+        assert len(scalars(tmp_path / "run")) == 2
+    first = (pairs / "shard_00000.safetensors").read_bytes()
+    make_pairs.main(pairs_config(num_pairs=16, **how))
+    assert (pairs / "shard_00000.safetensors").read_bytes() == first
+    with pytest.raises(UserError, match="--num-pairs 20"):
+        train.main(config)
+    make_pairs.main(pairs_config(num_pairs=20, **how))
+    train.main(config)
+    enough = tiny_config(small, tmp_path / "enough", num_pairs=20, steps=6, phases=PHASES)
+    train.main(enough)
+    same_run(tmp_path / "run", tmp_path / "enough")
+
+
+def test_phases_are_checked_before_anything_is_loaded(small, tmp_path):
+    with pytest.raises(UserError, match="must be at most 6, where its last phase ends, not 7"):
+        tiny_config(small, tmp_path / "run", steps=7, phases=PHASES)
+    config = tiny_config(small, tmp_path / "run", steps=6, phases=PHASES, accumulate=2)
+    with pytest.raises(UserError, match="--batch-size-ref 1 cannot be split evenly"):
+        train.main(config)
     assert not (tmp_path / "run").exists()

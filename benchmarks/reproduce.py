@@ -1,0 +1,396 @@
+"""Everything that the README says about MNIST: run, measured, and written to results/.
+
+    python benchmarks/reproduce.py                hours on 2 CPU cores
+    python benchmarks/reproduce.py --jobs 2       two runs at a time, of one core each
+
+Measured are the real digits, the teacher with several numbers of steps, the default recipe with
+five seeds, Table 2 in small, and the default recipe with each of its departures from the paper
+undone alone. It leaves in results/
+
+    mnist.json      every figure, with seed, seconds, commit, machine, and what it depends on
+    mnist.md        the same as tables; some of them stand in the README, between markers
+    *.png, *.gif    digits of every variant; digits, curves and film of the default run
+
+and the default run's generator in assets/. What mnist.json has is not measured again; an
+interrupted run goes on. Figures that were made with other losses, another loop, network, recipe,
+teacher or judge than today's are refused rather than mixed. The last line it prints:
+
+    wrote results/mnist.json and results/mnist.md
+"""
+
+import ast
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import evaluate
+from plumbing.devices import Ranks
+from plumbing.digits import (
+    ASSETS,
+    CLASSIFIER,
+    STATISTICS,
+    class_diversity,
+    classify,
+    load_classifier,
+    load_mnist,
+    measure,
+    neighbours,
+)
+from plumbing.files import (
+    file_hash,
+    read_json,
+    read_tensors,
+    save_grid,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+from plumbing.options import Options, UserError, option, run_script
+from plumbing.pairs import sample_noise
+from teachers import load_generator
+from workloads import WORKLOADS
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+GENERATOR = ASSETS / "mnist_generator.safetensors"
+
+# What is measured: name -> what train.py is told beside the default recipe.
+FULL = "full"
+TABLE_2 = {
+    FULL: [],
+    "without distribution matching": ["--lambda-dm", "0"],
+    "without regression": ["--lambda-reg", "0"],
+    # As in the paper, whose 1e-5 is a fifth of CIFAR-10's rate.
+    "without regression, a fifth of the learning rate": [
+        "--lambda-reg", "0", "--learning-rate", str(WORKLOADS["mnist"].learning_rate / 5),
+    ],
+    "w_t = sigma_t / alpha_t": ["--weighting", "dreamfusion"],
+    "w_t = sigma_t^3 / alpha_t": ["--weighting", "prolificdreamer"],
+}  # fmt: skip
+DEPARTURES = {
+    "constant learning rate": ["--lr-decay", "none"],
+    "mu_fake learns at G's rate": ["--fake-lr-ratio", "1"],
+    "no moving average of G": ["--ema", "0"],
+    "lambda_reg = 0.25": ["--lambda-reg", "0.25"],
+    "constant lambda_reg": ["--lambda-reg-decay", "1"],
+    "as many paired samples as unpaired": ["--batch-size-ref", "32"],
+}
+SEEDS = {FULL: 5}  # and of every other run:
+SEEDS_OF_OTHERS = 3
+# ... and evaluate.py: name -> its options, evaluations of the network.
+SOLVERS = {
+    "untrained student (the teacher's single step)": ({"rows": ("untrained",)}, 1),
+    "teacher, 5 Heun steps": ({"rows": ("teacher",), "steps": 5}, 9),
+    "teacher, 10 Heun steps": ({"rows": ("teacher",), "steps": 10}, 19),
+    "teacher, 18 Heun steps": ({"rows": ("teacher",), "steps": 18}, 35),
+}
+REAL = "training images"
+SAMPLES = 10_000  # of each
+
+JUDGES = ("convolutions", "lenet")  # architectures of assets/train_classifier.py
+FIGURES = {  # of a judge: heading, how it is printed
+    "fd": ("FD", "{:.2f}"),
+    "accuracy": ("accuracy", "{:.2%}"),
+    "diversity": ("diversity", "{:.3f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "coverage": ("coverage", "{:.3f}"),
+}
+
+
+@dataclass
+class Config(Options):
+    """Where from and where to."""
+
+    data: str = option("data", "folder of the MNIST files (downloaded by torchvision if missing)")
+    out: str = option("results", "folder of the results")
+    runs: str = option("runs/reproduce", "folder of all runs")
+    jobs: int = option(1, "runs at a time, each with its share of the cores", least=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# What figures depend on
+
+
+def code_hash(*files: str) -> str:
+    """Of what the code does: comments, docstrings and layout do not count."""
+    dumps = []
+    for file in files:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                node.body = node.body[ast.get_docstring(node) is not None :]
+        dumps.append(re.sub(r",? ?\w+=\[\]", "", ast.dump(tree)))  # which newer Pythons leave out
+    return hashlib.sha256("".join(dumps).encode()).hexdigest()[:16]
+
+
+@cache
+def dependencies() -> dict[str, str]:
+    """Part of the project -> hash."""
+    workload = WORKLOADS["mnist"]
+    recipe = {k: v for k, v in workload.settings().items() if k != "teacher"}
+    recipe |= {"num_pairs": workload.num_pairs, "solver_steps": workload.solver_steps}
+    judge = file_hash(ASSETS / CLASSIFIER) + file_hash(ASSETS / STATISTICS)
+    return {
+        "losses": code_hash("dmd_loss.py"),
+        "loop": code_hash("train.py", "plumbing/optim.py", "plumbing/pairs.py"),
+        "network": code_hash("edm_unet.py"),
+        "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
+        "teacher": file_hash(Path(workload.teacher)),
+        "judge": judge + code_hash("plumbing/digits.py", "assets/train_classifier.py"),
+    }
+
+
+def read_results(path: Path) -> dict[str, dict[str, dict]]:
+    """mnist.json: name -> seed -> figures and all that is known of them."""
+    results = read_json(path) if path.exists() else {}
+    for name, by_seed in results.items():
+        for seed, found in by_seed.items():
+            stale = [k for k, v in dependencies().items() if found["made_with"].get(k) != v]
+            if stale:
+                raise UserError(
+                    f"{path}: {name!r}, seed {seed}, was made with another {', '.join(stale)} than "
+                    "today's, and is not mixed with it; give another --out, or delete the file"
+                )
+    return results
+
+
+def provenance(jobs: int = 1) -> dict:
+    """Where a figure comes from."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    machine = f"{os.cpu_count()} cores {platform.machine()}, {jobs} at a time"
+    software = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
+    return {"commit": commit or "unknown", "machine": f"{machine}; {software}"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Running
+
+
+def run(script: str, *arguments: object, jobs: int = 1) -> float:
+    """Run one of the project's scripts -> seconds."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+    clock = time.perf_counter()
+    code = subprocess.run(command, env=os.environ | threads).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"{script} failed, see above; mend that and rerun")
+    return time.perf_counter() - clock
+
+
+class Judge:
+    """All figures of 10,000 digits, by both classifiers."""
+
+    def __init__(self, config: Config):
+        self.folders = {JUDGES[0]: ASSETS, JUDGES[1]: Path(config.runs) / "judge"}
+        if not (self.folders[JUDGES[1]] / STATISTICS).exists():
+            where = ("--data", config.data, "--out", self.folders[JUDGES[1]])
+            run("assets/train_classifier.py", *where, "--architecture", JUDGES[1], "--seed", 1)
+        images, labels = load_mnist(config.data, train=False)
+        self.diversity = class_diversity(images, labels)
+        self.test_features = {name: self.features(name, images) for name in JUDGES}
+
+    def features(self, name: str, images: Tensor) -> Tensor:
+        """Of one judge: (N, 128)."""
+        return classify(load_classifier(CPU, self.folders[name]), images, CPU)[0]
+
+    def __call__(self, images: Tensor, labels: Tensor) -> dict:
+        """images (N, 1, 28, 28) in [-1, 1], made for labels (N,) long -> figures."""
+        judges = {}
+        for name in JUDGES:
+            judges[name] = measure(images, labels, CPU, self.folders[name])
+            features = self.features(name, images)
+            judges[name] |= neighbours(self.test_features[name], features)
+        by_class = (class_diversity(images, labels) / self.diversity).tolist()
+        return {"judges": judges, "diversity_by_class": by_class}
+
+
+def draw(**options) -> tuple[Tensor, Tensor]:
+    """The digits that evaluate.py measures with these options, and their labels."""
+    config = evaluate.Config(samples=SAMPLES, device="cpu", **options)
+    config, (row,) = evaluate.load_rows(config, CPU)
+    images = torch.cat(list(evaluate.draw(row, config, Ranks(0, 1, CPU))))
+    return images.float() / 127.5 - 1, torch.arange(SAMPLES) % 10
+
+
+def folder_of(name: str, seed: int, config: Config) -> Path:
+    """Of a training run."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return Path(config.runs) / f"{slug}-{seed}"
+
+
+def train(name: str, seed: int, config: Config, jobs: int) -> dict[str, float]:
+    """Train one variant -> seconds."""
+    where = ["--pairs", Path(config.runs) / "pairs", "--out", folder_of(name, seed, config)]
+    flags = (TABLE_2 | DEPARTURES)[name]
+    return {"train": run("train.py", *where, "--seed", seed, *flags, jobs=jobs)}
+
+
+def measurements(config: Config, results: dict) -> Iterator[tuple[str, int, dict, Callable]]:
+    """All that results lack, in turn: name, seed, seconds, and what gives images and labels."""
+    if REAL not in results:
+        images, labels = load_mnist(config.data, train=True)
+        yield REAL, 0, {}, lambda: (images[:SAMPLES], labels[:SAMPLES])
+    for name, (options, _) in SOLVERS.items():
+        if name not in results:
+            yield name, 0, {}, lambda options=options: draw(dataset="mnist", **options)
+
+    pairs, first = Path(config.runs) / "pairs", folder_of(FULL, 0, config)
+    seconds = {"pairs": run("make_pairs.py", "--out", pairs)}
+    missing = [
+        (name, seed)
+        for seed in range(max(SEEDS_OF_OTHERS, *SEEDS.values()))
+        for name in TABLE_2 | DEPARTURES
+        if seed < SEEDS.get(name, SEEDS_OF_OTHERS) and str(seed) not in results.get(name, {})
+    ]
+    if (FULL, 0) in missing:  # alone: it tells how long the README's three commands take
+        missing.remove((FULL, 0))
+        seconds |= train(FULL, 0, config, jobs=1)
+        seconds["sample"] = run("sample.py", "--checkpoint", first, "--out", first / "digits.png")
+        yield FULL, 0, seconds, lambda: draw(checkpoint=str(first), rows=("student",))
+    with ThreadPoolExecutor(config.jobs) as pool:
+        futures = {pool.submit(train, *key, config, config.jobs): key for key in missing}
+        try:
+            for future in as_completed(futures):
+                seconds, key = future.result(), futures[future]
+                folder = str(folder_of(*key, config))
+                yield *key, seconds, lambda f=folder: draw(checkpoint=f, rows=("student",))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables and pictures
+
+
+def cell(values: list[float], form: str, with_range: bool = True) -> str:
+    """Mean, and range over the seeds."""
+    text = form.format(statistics.mean(values))
+    if with_range and len(values) > 1:
+        text += f" ({form.format(min(values))} .. {form.format(max(values))})"
+    return text
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def figures_table(results: dict, names: list[str], columns: list[tuple[str, str]]) -> str:
+    """Rows of runs; columns: (judge, figure); of the second judge they are marked."""
+    heads = [FIGURES[f][0] + (" (2)" if judge == JUDGES[1] else "") for judge, f in columns]
+    rows = []
+    for name in names:
+        found = [entry["judges"] for entry in results[name].values()]
+        cells = [
+            cell([judges[judge][f] for judges in found], FIGURES[f][1], f in ("fd", "accuracy"))
+            for judge, f in columns
+        ]
+        rows.append([name, *cells])
+    return table(["", *heads], rows)
+
+
+def tables(results: dict) -> dict[str, str]:
+    """Name of a marker -> the table that stands there."""
+    first, second = JUDGES
+    short = [(first, f) for f in ("fd", "accuracy", "diversity", "recall", "coverage")]
+    short += [(second, "fd"), (second, "accuracy")]
+    untrained, *teachers = SOLVERS
+    groups = {
+        "what comes out": [untrained, FULL, *teachers, REAL],
+        "table 2": list(TABLE_2),
+        "departures": [FULL, *DEPARTURES],
+    }
+    made = {group: figures_table(results, names, short) for group, names in groups.items()}
+    everything = list(results)
+    for number, judge in enumerate(JUDGES, start=1):
+        columns = [(judge, f) for f in FIGURES]
+        made[f"judge {number}"] = figures_table(results, everything, columns)
+    by_class = [
+        [name, *(f"{statistics.mean(values):.2f}" for values in zip(*by_seed, strict=True))]
+        for name in everything
+        for by_seed in [[entry["diversity_by_class"] for entry in results[name].values()]]
+    ]
+    made["diversity by class"] = table(["", *map(str, range(10))], by_class)
+    seconds = results[FULL]["0"]["seconds"]
+    seconds = seconds | {"together": sum(seconds.values())}
+    made["time"] = table(list(seconds), [[f"{value:.0f} s" for value in seconds.values()]])
+    runs = [
+        [name, seed, *(f"{entry['judges'][first][f]:.4f}" for f in FIGURES), entry["commit"],
+         entry["machine"]]
+        for name in everything for seed, entry in results[name].items()
+    ]  # fmt: skip
+    made["runs"] = table(["", "seed", *FIGURES, "commit", "machine"], runs)
+    return made
+
+
+def page(results: dict) -> str:
+    """mnist.md."""
+    made = tables(results)
+    text = "".join(f"\n## {name.capitalize()}\n\n{lines}" for name, lines in made.items())
+    return f"# MNIST, as measured by benchmarks/reproduce.py\n{text}"
+
+
+def fill(text: str, made: dict[str, str]) -> str:
+    """Put the tables between their markers."""
+    marked = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return marked.sub(lambda found: found[1] + made[found[2]] + found[3], text)
+
+
+@torch.no_grad()
+def draw_variants(path: Path, config: Config) -> None:
+    """Twenty digits of every variant of Table 2, from the same noises."""
+    z, cond = sample_noise("pictures", 7, range(20), (1, 28, 28)), torch.arange(20) % 10
+    files = [folder_of(name, 0, config) / "generator.safetensors" for name in TABLE_2]
+    rows = [load_generator(file)[0](z, cond) for file in files]
+    save_grid(path, torch.cat(rows), columns=20, scale=2)
+
+
+def publish(config: Config) -> None:
+    """What ships of the default run, seed 0: its generator, in half precision, and its pictures."""
+    out, first = Path(config.out), folder_of(FULL, 0, config)
+    tensors, metadata = read_tensors(first / "generator.safetensors")
+    write_tensors(GENERATOR, {name: value.half() for name, value in tensors.items()}, metadata)
+    for name in ("training.gif", "curves.png"):
+        shutil.copyfile(first / name, out / name)
+    beside = ("--checkpoint", first, "--teacher", "--seeds", "0-39", "--columns", 20)
+    run("sample.py", *beside, "--out", out / "digits.png")
+    draw_variants(out / "variants.png", config)
+
+
+def main(config: Config) -> None:
+    """Measure what is missing, then write tables and pictures."""
+    out, results = Path(config.out), read_results(Path(config.out) / "mnist.json")
+    judge = Judge(config)
+    for name, seed, seconds, images_and_labels in measurements(config, results):
+        found = judge(*images_and_labels()) | {"seconds": seconds, "made_with": dependencies()}
+        results.setdefault(name, {})[str(seed)] = found | provenance(config.jobs)
+        write_json(out / "mnist.json", results)
+    write_bytes(out / "mnist.md", page(results).encode())
+    publish(config)
+    print(f"wrote {out / 'mnist.json'} and {out / 'mnist.md'}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
