@@ -13,9 +13,7 @@ in the folder. The last line it prints:
     2000 pairs of mnist in pairs/mnist (preview: pairs/mnist/preview.png)
 """
 
-import gzip
 import math
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from tqdm import tqdm
 from plumbing.devices import Ranks, autocast, join_ranks, pick_amp
 from plumbing.files import file_hash, read_tensors, save_grid, write_tensors
 from plumbing.options import UserError, run_script
-from plumbing.pairs import sample_noise, shards
+from plumbing.pairs import read_prompts, sample_noise, shards
 from plumbing.rundir import claim_folder
 from teachers import Teacher, load_teacher
 from workloads import Workload, get_workload
@@ -36,23 +34,6 @@ FLAGS = """
     dataset teacher num_pairs solver_steps prompts guidance decoder out=pairs seed solver_amp
     solver_batch shard_size device
 """
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, or of a .gz of one, that are not blank.
-
-    Only a newline ends a line: Unicode's other line breaks may stand in a caption, as spaces.
-    """
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rb") as file:
-            lines = file.read().decode("utf-8-sig").split("\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text, a prompt a line ({error})") from None
-    prompts = [" ".join(line.split()) for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{path} holds no prompt; give a text file, one prompt a line")
-    return prompts
 
 
 def describe(config: Workload, record: dict[str, str]) -> dict:

@@ -48,6 +48,7 @@ from plumbing.rundir import (
     save_film,
     save_pictures,
     save_run,
+    save_unet_folder,
 )
 from teachers import Teacher, generator_file, load_lpips, load_teacher
 from workloads import Workload, get_workload
@@ -300,6 +301,8 @@ def save(run: Run, step: int, log: Log) -> None:
         save_pictures(out, step, pictures(run))
         if step == run.config.steps:
             save_film(out)
+        if run.config.latent:
+            save_unet_folder(out, run.G.average.mu.net.config)
         save_run(out, step, rows, state, generator, keep)
     log.note_save()
 

@@ -11,7 +11,9 @@ A folder of pairs holds `meta.json` (dataset, teacher, solver, ... : how they we
 and, of a text-conditional teacher, the N prompts in its metadata.
 """
 
+import gzip
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -156,3 +158,20 @@ def open_shard(path: Path, count: int):
     if found != {count}:
         raise UserError(f"{path} does not hold {count} pairs; delete it and rerun make_pairs.py")
     return file
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file, or of a .gz of one, that are not blank.
+
+    Only a newline ends a line: Unicode's other line breaks may stand in a caption, as spaces.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rb") as file:
+            lines = file.read().decode("utf-8-sig").split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text, a prompt a line ({error})") from None
+    prompts = [" ".join(line.split()) for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{path} holds no prompt; give a text file, one prompt a line")
+    return prompts

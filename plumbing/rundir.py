@@ -3,7 +3,8 @@
     config.json                what decides the result; another run's folder is left alone
     log.csv, curves.png        SCALARS of every step
     samples_STEP.png           pictures; at the end training.gif, a film of them
-    generator.safetensors      G, with all it takes to build it again
+    generator.safetensors      G, with all it takes to build it again; of Stable Diffusion also
+                               unet/, which diffusers opens
     checkpoint.pt              everything needed to go on; tensors and plain numbers only
 
 Every file is written under another name and renamed, so whatever happens the last one is whole.
@@ -131,6 +132,19 @@ def save_film(out: Path) -> None:
     how["duration"] = [200] * (len(frames) - 1) + [2000]  # milliseconds
     with atomic_path(out / "training.gif") as temporary:
         frames[0].save(temporary, format="GIF", **how)
+
+
+def save_unet_folder(out: Path, config: dict) -> None:
+    """unet/: what diffusers' UNet2DConditionModel.from_pretrained opens. Its weights are a link to
+    generator.safetensors.
+
+    Args:
+        config: the UNet's, under diffusers' names.
+    """
+    write_json(out / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **config})
+    link = out / "unet" / "diffusion_pytorch_model.safetensors"
+    if not link.is_symlink():
+        link.symlink_to(Path("..") / "generator.safetensors")
 
 
 def keep_copies(out: Path, step: int, keep: int) -> None:

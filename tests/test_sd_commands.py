@@ -24,7 +24,7 @@ from plumbing import rundir
 from plumbing.devices import join_ranks
 from plumbing.files import read_tensors
 from plumbing.options import UserError, run_script
-from plumbing.pairs import Pairs, sample_noise
+from plumbing.pairs import Pairs, read_prompts, sample_noise
 from plumbing.rundir import SCALARS
 from sd_loader import (
     GuidedUNet,
@@ -188,7 +188,7 @@ def test_interrupted_pairs_resume_to_identical_files(sd, sd_pairs, tmp_path):
 
 
 def test_prompts_of_our_own():
-    prompts = make_pairs.read_prompts(ASSETS / "prompts.txt")
+    prompts = read_prompts(ASSETS / "prompts.txt")
     assert len(prompts) == len(set(prompts)) >= 100
     assert all(10 < len(prompt) < 90 and prompt == prompt.strip() for prompt in prompts)
 
@@ -203,7 +203,7 @@ def test_a_caption_may_hold_other_line_breaks(tmp_path, name, newline):
     write = gzip.open if name.endswith(".gz") else open
     with write(tmp_path / name, "wb") as file:
         file.write(text.encode())
-    prompts = make_pairs.read_prompts(tmp_path / name)
+    prompts = read_prompts(tmp_path / name)
     assert prompts == ["a cat"] * len(breaks) + ["a dog"]
 
 
@@ -273,6 +273,20 @@ def test_ablations_and_the_full_decoder_train(sd, sd_pairs, tmp_path, options):
     assert all(value.isfinite() for value in scalars)
     for value, name in zip(scalars, ("lambda_dm", "lambda_reg"), strict=False):
         assert (value > 0) == (options.get(name) != 0)
+
+
+def test_a_phase_changes_the_decoder(sd, sd_pairs, tmp_path, monkeypatch):
+    """As Table 5's ninth row does; the pictures of the run are always those of its own row."""
+    phases, used = ((1, {}), (2, {"decoder": "full"})), []
+    options = {"lambda_dm": 0.0, "num_pairs": 5, "steps": 2, "phases": phases}
+    active = prepare(get_workload(**train_options(sd, sd_pairs, tmp_path / "run", **options)))
+    for name in ("vae", "tiny_vae"):
+        decoder = getattr(active.teacher.sd, name)
+        decoder.register_forward_hook(lambda *_, name=name: used.append(name))
+    for step in range(2):
+        train.training_step(active, step)
+    train.pictures(active)
+    assert used == ["tiny_vae"] * 2 + ["vae"] * 2 + ["tiny_vae"] * 3
 
 
 def test_half_precision_is_the_teachers_alone(sd, sd_pairs, tmp_path):

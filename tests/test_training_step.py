@@ -240,7 +240,9 @@ def draw(step=3, rows=range(2000), rows_ref=range(2000), **options):
     """A part of a batch with prompts and Algorithm 1's line 4. The text states are the number."""
     config = get_workload("sd15", batch_size=2000, batch_size_ref=2000, **options)
     teacher = SimpleNamespace(
-        image_shape=(1, 2, 2), encode=lambda prompts: torch.tensor([int(k) for k in prompts])
+        num_classes=0,
+        image_shape=(1, 2, 2),
+        encode=lambda prompts: torch.tensor([int(k) for k in prompts]),
     )
     run = SimpleNamespace(config=config, ranks=ALONE, teacher=teacher, pairs=TextPairs())
     return train.draw_batch(run, step, rows, rows_ref)
@@ -316,7 +318,7 @@ def test_one_guidance_scale_for_both_losses(teacher, tmp_path, monkeypatch):
         return loaded
 
     pairs = SimpleNamespace(meta={"guidance": 2.0}, check_teacher=lambda record: None)
-    monkeypatch.setattr(train, "Pairs", lambda folder, dataset: pairs)
+    monkeypatch.setattr(train, "Pairs", lambda folder, dataset, first: pairs)
     monkeypatch.setattr(train, "load_teacher", load_teacher)
     config = get_workload("sd15", out=str(tmp_path / "run"), distance="l2")
     assert config.guidance == 3

@@ -1,0 +1,147 @@
+"""Text-to-image models on captions: zero-shot COCO (appendix D), or anyone's captions and images.
+
+Pictures are drawn once, kept as PNG at full size, and named by the number of their caption. For
+every figure, drawn and real ones alike are cropped to their central square and brought to 256x256
+by Lanczos' filter. Then
+
+    FID         is clean-fid's (Parmar et al. 2022, arXiv 2104.11222), by its "clean" protocol
+    CLIP score  is the mean cosine of OpenCLIP's ViT-g-14 between a picture and "A photo depicts "
+                with its caption (Hessel et al. 2021, arXiv 2104.08718, without their factor)
+
+Both packages are optional, and imported where they are needed.
+"""
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from tqdm import tqdm
+
+from plumbing.devices import Ranks
+from plumbing.files import atomic_path, one_line, one_line_errors
+from plumbing.options import UserError
+
+SIZE = 256  # pixels along each side, for every figure
+CLIP = ("ViT-g-14", "laion2b_s12b_b42k")  # model and weights of OpenCLIP
+IMAGES = (".png", ".jpg", ".jpeg")
+
+
+def picture(folder: Path, k: int) -> Path:
+    """The file of caption k's picture."""
+    return folder / f"{k:06d}.png"
+
+
+def draw_missing(
+    folder: Path, count: int, draw: Callable[[list[int]], Tensor], batch_size: int, ranks: Ranks
+) -> None:
+    """Draw the pictures 0 .. count - 1 that are not there yet; the ranks share them.
+
+    Args:
+        draw: numbers k -> images (B, 3, H, W) in about [-1, 1]: each a function of its k alone.
+    """
+    missing = [k for k in range(count) if not picture(folder, k).exists()]
+    ranks.barrier()  # all have looked before the first one is written
+    mine = missing[ranks.rank :: ranks.count]
+    with tqdm(total=len(mine), desc=folder.name, unit="image", disable=ranks.rank > 0) as bar:
+        for start in range(0, len(mine), batch_size):
+            numbers = mine[start : start + batch_size]
+            for k, image in zip(numbers, draw(numbers), strict=True):
+                if not image.isfinite().all():
+                    raise UserError(f"image {k} is NaN or infinite; try --amp off")
+                # The paper's authors round down here; EDM's rule is another.
+                pixels = ((image.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+                with atomic_path(picture(folder, k)) as temporary:
+                    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG")
+            bar.update(len(numbers))
+    ranks.barrier()
+
+
+def latency(draw: Callable[[list[int]], Tensor], repeats: int = 50) -> float:
+    """Milliseconds from text to image at batch size 1: the median, after some to warm up."""
+    times = []
+    for repeat in range(repeats + 3):
+        clock = time.perf_counter()
+        draw([repeat]).cpu()  # waits for the GPU
+        times.append((time.perf_counter() - clock) * 1000)
+    return statistics.median(times[3:])
+
+
+def square(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> its central square, resized: uint8 (256, 256, 3)."""
+    image = Image.fromarray(pixels)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.crop(box).resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+
+
+def optional(module: str, package: str) -> ModuleType:
+    """An optional package's module."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"this needs another package: pip install {package} ({error})") from None
+
+
+def check_real(folder: Path) -> None:
+    """Raise UserError unless there are images to compare with."""
+    images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    if len(list(islice(images, 2))) < 2:
+        raise UserError(f"{folder} holds no two PNG or JPEG images; give real ones to --reference")
+
+
+def folder_fid(
+    drawn: Path, real: Path, device: torch.device, network: Callable | None = None
+) -> float:
+    """FID between two folders of images.
+
+    Args:
+        network: float32 (B, 3, 299, 299) in 0 .. 255 -> features (B, D); None: Inception, which
+            clean-fid downloads.
+    """
+    fid = optional("cleanfid.fid", "clean-fid")
+    try:
+        network = network or fid.build_feature_extractor("clean", device, use_dataparallel=False)
+    except Exception as error:  # whatever a download may raise
+        raise UserError(one_line(f"clean-fid cannot load its Inception ({error})")) from None
+    with one_line_errors(real):
+        return float(
+            fid.compare_folders(
+                str(drawn), str(real), network, "clean", num_workers=0, batch_size=32,
+                device=device, verbose=True, custom_image_tranform=square,
+            )
+        )  # fmt: skip
+
+
+def clip_score(
+    drawn: Path, captions: Sequence[str], device: torch.device, clip: tuple | None = None
+) -> float:
+    """Mean cosine between pictures and captions, picture k belonging to caption k.
+
+    Args:
+        clip: model, preprocessing and tokenizer as OpenCLIP has them; None: ViT-g-14, downloaded.
+    """
+    open_clip = None if clip else optional("open_clip", "open_clip_torch")
+    if open_clip:
+        model, _, preprocess = open_clip.create_model_and_transforms(*CLIP, device=device)
+        clip = model.eval(), preprocess, open_clip.get_tokenizer(CLIP[0])
+    (model, preprocess, tokenize), total = clip, 0.0
+    for start in tqdm(range(0, len(captions), 32), desc="CLIP score"):
+        texts = [f"A photo depicts {caption}" for caption in captions[start : start + 32]]
+        files = [picture(drawn, k) for k in range(start, start + len(texts))]
+        pixels = [square(np.asarray(Image.open(file).convert("RGB"))) for file in files]
+        images = torch.stack([preprocess(Image.fromarray(each)) for each in pixels])
+        with torch.inference_mode():
+            of_images = model.encode_image(images.to(device))
+            of_texts = model.encode_text(tokenize(texts).to(device))
+        total += cosine_similarity(of_images.double(), of_texts.double()).sum().item()
+    return total / len(captions)
