@@ -89,7 +89,7 @@ def main(config: Config) -> None:
     per_day = 1e12 * config.utilisation * 86400  # operations, for each TFLOP/s of the peak
     peaks = f"{config.tflops:g} TFLOP/s (float32: {config.tflops_float32:g})"
     print(f"{peaks} at {config.utilisation:.0%}")
-    print(f"{'':16}{'forward':>12}{'step':>12}{'steps':>9}{'pairs':>12}{'training':>12}")
+    print(f"{'':16}{'forward':>12}{'step':>15}{'steps':>9}{'pairs':>12}{'training':>12}")
     for dataset, workload in WORKLOADS.items():
         if not workload.network:  # that of a file
             continue
@@ -104,7 +104,7 @@ def main(config: Config) -> None:
         pairs_days = pairs_flops(workload, forward) / (peak * per_day)
         training_days = all_steps / (config.tflops * per_day)
         print(
-            f"{dataset:16}{forward / 1e9:8.1f} GFLOP{step / 1e12:6.1f} TFLOP{workload.steps:9d}"
+            f"{dataset:16}{forward / 1e9:8.1f} GFLOP{step / 1e12:9.1f} TFLOP{workload.steps:9d}"
             f"{pairs_days:7.2f} days{training_days:7.2f} days"
         )
 

@@ -6,13 +6,14 @@ The networks lie on disk in the released files' layout and are read by the real 
 import csv
 import gzip
 import json
+import re
 import shutil
 import signal
 import sys
 
 import pytest
 import torch
-from conftest import fails_in_one_line, pairs_config, run
+from conftest import ROOT, fails_in_one_line, pairs_config, run
 from PIL import Image
 from safetensors import safe_open
 from test_sd_loader import relative_error, write_sd
@@ -310,6 +311,47 @@ def test_half_precision_is_the_teachers_alone(sd, sd_pairs, tmp_path):
         assert teacher.mu_real(torch.zeros(1, *LATENT), torch.tensor([5]),
                                teacher.encode(["cat"])).dtype == torch.float32  # fmt: skip
     torch.testing.assert_close(scalars["bf16"], scalars["off"], rtol=0.3, atol=0)
+
+
+def test_the_readmes_lines_for_diffusers(sd, sd_run, tmp_path):
+    """In full, with our paths and the small model's size: they draw what our code draws."""
+    for package in ("diffusers", "transformers"):
+        pytest.importorskip(package, reason=f"{package} is an optional package")
+    from diffusers import DDIMScheduler
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    changes = {
+        "runs/sd15/unet": str(sd_run / "unet"), "4, 64, 64": "4, 8, 8",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": str(tmp_path / "pipe"),
+    }  # fmt: skip
+    for one, other in changes.items():
+        assert one in code
+        code = code.replace(one, other)
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipe = tmp_path / "pipe"
+    shutil.copytree(sd, pipe)
+    parts = {
+        "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler",
+        "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer",
+    }  # fmt: skip
+    scheduler = DDIMScheduler(**schedule, clip_sample=False, steps_offset=1)
+    scheduler.save_pretrained(pipe / "scheduler")
+    tokens = {"model_max_length": 77, "pad_token": "<|endoftext|>"}
+    (pipe / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(tokens))
+    index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    for name, kind in parts.items():
+        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+        index[name] = [library, kind]
+    index |= {name: [None, None] for name in ("safety_checker", "feature_extractor")}
+    (pipe / "model_index.json").write_text(json.dumps(index))
+    names = {"__name__": "snippet"}
+    exec(code, names)
+    G, _ = load_generator(sd_run / "generator.safetensors")
+    ours = load_sd(str(sd), ["text_encoder", "vae"])
+    text = ours.encode_text(["a red bicycle"])
+    with torch.no_grad():
+        expected = ours.decode(G(names["z"], text), tiny=False)
+    assert relative_error(names["image"], expected) < 1e-3
 
 
 def test_the_generator_is_a_drop_in_unet(sd, sd_run, tmp_path):
