@@ -43,7 +43,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from plumbing.captions import check_real, clip_score, draw_missing, folder_fid, latency, optional
+from plumbing.captions import (
+    check_real,
+    clip_score,
+    draw_missing,
+    folder_fid,
+    latency,
+    optional,
+    preview,
+)
 from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp, to
 from plumbing.digits import measure
 from plumbing.downloads import fetch
@@ -94,7 +102,7 @@ class Config(Options):
     teacher_weights: str | None = option(None, "teacher weights (default: the dataset's own)")
     json: str | None = option(None, "write the numbers to this file too")
     amp: str = option("off", "half precision of generator and teacher: bf16, fp16, ...", AMP)
-    batch_size: int = option(100, "images at a time", least=1)
+    batch_size: int | None = option(None, "images at a time (default: 100; sd15: 4)", least=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     reference: str | None = option(
         None, "FID: real images' .npz or .safetensors, or a folder of them (default: EDM's .npz)"
@@ -134,7 +142,8 @@ def complete(config: Config, dataset: str, device: torch.device) -> Config:
     if dataset == "mnist" and samples < 200:  # 128 features need more images than that
         raise UserError(f"--samples must be at least 200, not {samples}")
     amp = pick_amp(config.amp, device)
-    return replace(config, dataset=dataset, rows=rows, samples=samples, amp=amp)
+    size = config.batch_size or 100
+    return replace(config, dataset=dataset, rows=rows, samples=samples, amp=amp, batch_size=size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,7 +230,8 @@ def measure_fid(config: Config, rows: list[Row], ranks: Ranks) -> dict[str, dict
         source, network = fetch(source), None
         if source.is_dir() or not reuse:
             network = inception(config.inception, ranks.device)
-    reference = read_reference(source, network, config.batch_size, ranks)
+    size = rows[0].net.image_shape[-1]
+    reference = read_reference(source, network, config.batch_size, ranks, size)
 
     results = {}
     for row in rows:
@@ -351,7 +361,7 @@ def measure_captions(config: Config, ranks: Ranks) -> dict[str, dict]:
                 cond = teacher.encode([captions[k] for k in numbers])
                 return teacher.decode(row.solve(z.to(ranks.device), cond))
 
-        draw_missing(folder, count, draw_pictures, config.batch_size, ranks)
+        draw_missing(folder, count, draw_pictures, config.batch_size or 4, ranks)
         if ranks.rank > 0:
             continue
         found = {"ms_per_image": latency(lambda k: draw_pictures([k[0] % count]))}
@@ -363,7 +373,7 @@ def measure_captions(config: Config, ranks: Ranks) -> dict[str, dict]:
             found["clip_score"] = clip_score(folder, captions[:count], ranks.device)
             figures.append(f"CLIP score {found['clip_score']:.3f}")
         results[row.name] = found | made | {"count": count}
-        print(f"{row.source}: evaluations {row.evaluations}, pictures in {folder}")
+        print(f"{row.source}: evaluations {row.evaluations}, see {preview(folder, count)}")
         print(f"{row.name}: {', '.join(figures)} ({count} images)", flush=True)
     return results
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dmd_loss import (
     OneStepGenerator,
@@ -146,7 +147,7 @@ def begin_phase(run: Run, step: int) -> int:
         run.pairs = open_pairs(config, step)
         changed = next(values for end, values in config.phases if step < end)
         if run.ranks.rank == 0:
-            print(f"from step {step + 1} on: {changed or 'the settings of config.json'}")
+            tqdm.write(f"from step {step + 1} on: {changed or 'the settings of config.json'}")
     return config.batch_size if config.lambda_dm else config.batch_size_ref
 
 

@@ -10,7 +10,9 @@ average of the weights, which is what is kept.
 Device: CPU (about an hour on 2 cores) or a GPU. MNIST (12 MB) comes through
 torchvision. Interrupt it at any time; the same command goes on. The last line it prints:
 
-    wrote runs/mnist-teacher/teacher.safetensors (loss 0.2581)
+    wrote runs/mnist-teacher/teacher.safetensors (loss 0.2711)
+
+That file is assets/mnist_teacher.safetensors, and the run's log.csv is beside it.
 """
 
 import json

@@ -29,7 +29,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -92,8 +91,7 @@ DEPARTURES = {
     "constant lambda_reg": ["--lambda-reg-decay", "1"],
     "as many paired samples as unpaired": ["--batch-size-ref", "32"],
 }
-SEEDS = {FULL: 5}  # and of every other run:
-SEEDS_OF_OTHERS = 3
+SEEDS_OF_FULL, SEEDS = 5, 3  # of the default recipe, of everything else
 # ... and evaluate.py: name -> its options, evaluations of the network.
 SOLVERS = {
     "untrained student (the teacher's single step)": ({"rows": ("untrained",)}, 1),
@@ -158,20 +156,6 @@ def dependencies() -> dict[str, str]:
     }
 
 
-def read_results(path: Path) -> dict[str, dict[str, dict]]:
-    """mnist.json: name -> seed -> figures and all that is known of them."""
-    results = read_json(path) if path.exists() else {}
-    for name, by_seed in results.items():
-        for seed, found in by_seed.items():
-            stale = [k for k, v in dependencies().items() if found["made_with"].get(k) != v]
-            if stale:
-                raise UserError(
-                    f"{path}: {name!r}, seed {seed}, was made with another {', '.join(stale)} than "
-                    "today's, and is not mixed with it; give another --out, or delete the file"
-                )
-    return results
-
-
 def provenance(jobs: int = 1) -> dict:
     """Where a figure comes from."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -199,7 +183,7 @@ def run(script: str, *arguments: object, jobs: int = 1) -> float:
 
 
 class Judge:
-    """All figures of 10,000 digits, by both classifiers."""
+    """All figures of digits, by both classifiers."""
 
     def __init__(self, config: Config):
         self.folders = {JUDGES[0]: ASSETS, JUDGES[1]: Path(config.runs) / "judge"}
@@ -208,21 +192,52 @@ class Judge:
             run("assets/train_classifier.py", *where, "--architecture", JUDGES[1], "--seed", 1)
         images, labels = load_mnist(config.data, train=False)
         self.diversity = class_diversity(images, labels)
-        self.test_features = {name: self.features(name, images) for name in JUDGES}
+        self.of_test_images = {name: self.features(name, images) for name in JUDGES}
 
     def features(self, name: str, images: Tensor) -> Tensor:
         """Of one judge: (N, 128)."""
         return classify(load_classifier(CPU, self.folders[name]), images, CPU)[0]
 
-    def __call__(self, images: Tensor, labels: Tensor) -> dict:
+    def measure(self, images: Tensor, labels: Tensor) -> dict:
         """images (N, 1, 28, 28) in [-1, 1], made for labels (N,) long -> figures."""
         judges = {}
         for name in JUDGES:
             judges[name] = measure(images, labels, CPU, self.folders[name])
             features = self.features(name, images)
-            judges[name] |= neighbours(self.test_features[name], features)
+            judges[name] |= neighbours(self.of_test_images[name], features)
         by_class = (class_diversity(images, labels) / self.diversity).tolist()
         return {"judges": judges, "diversity_by_class": by_class}
+
+
+class Results:
+    """mnist.json: name -> seed -> figures, and all that is known of how they came about."""
+
+    def __init__(self, config: Config):
+        self.path, self.judge = Path(config.out) / "mnist.json", None
+        self.config, self.runs = config, read_json(self.path) if self.path.exists() else {}
+        for name, by_seed in self.runs.items():
+            for seed, found in by_seed.items():
+                old = [k for k, v in dependencies().items() if found["made_with"].get(k) != v]
+                if old:
+                    raise UserError(
+                        f"{self.path}: {name!r}, seed {seed}, was made with another "
+                        f"{', '.join(old)} than today's, and is not mixed with it; give another "
+                        "--out, or delete the file"
+                    )
+
+    def has(self, name: str, seed: int = 0) -> bool:
+        """Whether this was measured before."""
+        return str(seed) in self.runs.get(name, {})
+
+    def add(
+        self, name: str, images: Tensor, labels: Tensor, seed: int = 0, seconds: dict | None = None
+    ) -> None:
+        """Measure images (N, 1, 28, 28) in [-1, 1], made for labels (N,) long; write it down."""
+        self.judge = self.judge or Judge(self.config)
+        found = self.judge.measure(images, labels) | provenance(self.config.jobs)
+        found |= {"seconds": seconds or {}, "made_with": dependencies()}
+        self.runs.setdefault(name, {})[str(seed)] = found
+        write_json(self.path, self.runs)
 
 
 def draw(**options) -> tuple[Tensor, Tensor]:
@@ -246,35 +261,26 @@ def train(name: str, seed: int, config: Config, jobs: int) -> dict[str, float]:
     return {"train": run("train.py", *where, "--seed", seed, *flags, jobs=jobs)}
 
 
-def measurements(config: Config, results: dict) -> Iterator[tuple[str, int, dict, Callable]]:
-    """All that results lack, in turn: name, seed, seconds, and what gives images and labels."""
-    if REAL not in results:
-        images, labels = load_mnist(config.data, train=True)
-        yield REAL, 0, {}, lambda: (images[:SAMPLES], labels[:SAMPLES])
-    for name, (options, _) in SOLVERS.items():
-        if name not in results:
-            yield name, 0, {}, lambda options=options: draw(dataset="mnist", **options)
-
-    pairs, first = Path(config.runs) / "pairs", folder_of(FULL, 0, config)
-    seconds = {"pairs": run("make_pairs.py", "--out", pairs)}
-    missing = [
-        (name, seed)
-        for seed in range(max(SEEDS_OF_OTHERS, *SEEDS.values()))
-        for name in TABLE_2 | DEPARTURES
-        if seed < SEEDS.get(name, SEEDS_OF_OTHERS) and str(seed) not in results.get(name, {})
-    ]
-    if (FULL, 0) in missing:  # alone: it tells how long the README's three commands take
-        missing.remove((FULL, 0))
+def train_all(config: Config, results: Results) -> None:
+    """Train and measure what results lack; the default recipe's first run alone, for its time."""
+    first = folder_of(FULL, 0, config)
+    seconds = {"pairs": run("make_pairs.py", "--out", Path(config.runs) / "pairs")}
+    if not results.has(FULL):
         seconds |= train(FULL, 0, config, jobs=1)
         seconds["sample"] = run("sample.py", "--checkpoint", first, "--out", first / "digits.png")
-        yield FULL, 0, seconds, lambda: draw(checkpoint=str(first), rows=("student",))
+        results.add(FULL, *draw(checkpoint=str(first), rows=("student",)), 0, seconds)
+    wanted = [(FULL, seed) for seed in range(SEEDS_OF_FULL)]
+    for seed in range(SEEDS):  # whoever stops early has every variant once
+        wanted += [(name, seed) for name in TABLE_2 | DEPARTURES if name != FULL]
+    wanted = [key for key in wanted if not results.has(*key)]
     with ThreadPoolExecutor(config.jobs) as pool:
-        futures = {pool.submit(train, *key, config, config.jobs): key for key in missing}
+        futures = {pool.submit(train, *key, config, config.jobs): key for key in wanted}
         try:
             for future in as_completed(futures):
-                seconds, key = future.result(), futures[future]
-                folder = str(folder_of(*key, config))
-                yield *key, seconds, lambda f=folder: draw(checkpoint=f, rows=("student",))
+                (name, seed), seconds = futures[future], future.result()
+                folder = str(folder_of(name, seed, config))
+                digits = draw(checkpoint=folder, rows=("student",))
+                results.add(name, *digits, seed, seconds)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -359,35 +365,35 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 
 @torch.no_grad()
-def draw_variants(path: Path, config: Config) -> None:
-    """Twenty digits of every variant of Table 2, from the same noises."""
-    z, cond = sample_noise("pictures", 7, range(20), (1, 28, 28)), torch.arange(20) % 10
-    files = [folder_of(name, 0, config) / "generator.safetensors" for name in TABLE_2]
-    rows = [load_generator(file)[0](z, cond) for file in files]
-    save_grid(path, torch.cat(rows), columns=20, scale=2)
-
-
 def publish(config: Config) -> None:
-    """What ships of the default run, seed 0: its generator, in half precision, and its pictures."""
+    """What is shown of seed 0, if it was trained here and not only found in mnist.json: of the
+    default run the generator, in half precision, and pictures; twenty digits of every variant."""
     out, first = Path(config.out), folder_of(FULL, 0, config)
-    tensors, metadata = read_tensors(first / "generator.safetensors")
-    write_tensors(GENERATOR, {name: value.half() for name, value in tensors.items()}, metadata)
-    for name in ("training.gif", "curves.png"):
-        shutil.copyfile(first / name, out / name)
-    beside = ("--checkpoint", first, "--teacher", "--seeds", "0-39", "--columns", 20)
-    run("sample.py", *beside, "--out", out / "digits.png")
-    draw_variants(out / "variants.png", config)
+    if (first / "training.gif").exists():
+        tensors, metadata = read_tensors(first / "generator.safetensors")
+        write_tensors(GENERATOR, {name: value.half() for name, value in tensors.items()}, metadata)
+        for name in ("training.gif", "curves.png"):
+            shutil.copyfile(first / name, out / name)
+        beside = ("--checkpoint", first, "--teacher", "--seeds", "0-39", "--columns", 20)
+        run("sample.py", *beside, "--out", out / "digits.png")
+    files = [folder_of(name, 0, config) / "generator.safetensors" for name in TABLE_2]
+    if all(file.exists() for file in files):
+        z, cond = sample_noise("pictures", 7, range(20), (1, 28, 28)), torch.arange(20) % 10
+        rows = [load_generator(file)[0](z, cond) for file in files]
+        save_grid(out / "variants.png", torch.cat(rows), columns=20, scale=2)
 
 
 def main(config: Config) -> None:
     """Measure what is missing, then write tables and pictures."""
-    out, results = Path(config.out), read_results(Path(config.out) / "mnist.json")
-    judge = Judge(config)
-    for name, seed, seconds, images_and_labels in measurements(config, results):
-        found = judge(*images_and_labels()) | {"seconds": seconds, "made_with": dependencies()}
-        results.setdefault(name, {})[str(seed)] = found | provenance(config.jobs)
-        write_json(out / "mnist.json", results)
-    write_bytes(out / "mnist.md", page(results).encode())
+    results, out = Results(config), Path(config.out)
+    if not results.has(REAL):
+        images, labels = load_mnist(config.data, train=True)
+        results.add(REAL, images[:SAMPLES], labels[:SAMPLES])
+    for name, (options, _) in SOLVERS.items():
+        if not results.has(name):
+            results.add(name, *draw(dataset="mnist", **options))
+    train_all(config, results)
+    write_bytes(out / "mnist.md", page(results.runs).encode())
     publish(config)
     print(f"wrote {out / 'mnist.json'} and {out / 'mnist.md'}")
 

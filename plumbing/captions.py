@@ -27,7 +27,7 @@ from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from plumbing.devices import Ranks
-from plumbing.files import atomic_path, one_line, one_line_errors
+from plumbing.files import atomic_path, one_line, one_line_errors, save_grid
 from plumbing.options import UserError
 
 SIZE = 256  # pixels along each side, for every figure
@@ -65,6 +65,14 @@ def draw_missing(
     ranks.barrier()
 
 
+def preview(folder: Path, count: int) -> Path:
+    """A grid of the first pictures, beside their folder -> its file."""
+    images = [square(read_pixels(picture(folder, k))) for k in range(min(count, 25))]
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    save_grid(folder.with_suffix(".png"), batch, columns=5)
+    return folder.with_suffix(".png")
+
+
 def latency(draw: Callable[[list[int]], Tensor], repeats: int = 50) -> float:
     """Milliseconds from text to image at batch size 1: the median, after some to warm up."""
     times = []
@@ -82,6 +90,12 @@ def square(pixels: np.ndarray) -> np.ndarray:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return np.asarray(image.crop(box).resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """An image file -> uint8 (H, W, 3)."""
+    with one_line_errors(path), Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def optional(module: str, package: str) -> ModuleType:
@@ -138,8 +152,8 @@ def clip_score(
     for start in tqdm(range(0, len(captions), 32), desc="CLIP score"):
         texts = [f"A photo depicts {caption}" for caption in captions[start : start + 32]]
         files = [picture(drawn, k) for k in range(start, start + len(texts))]
-        pixels = [square(np.asarray(Image.open(file).convert("RGB"))) for file in files]
-        images = torch.stack([preprocess(Image.fromarray(each)) for each in pixels])
+        squares = [Image.fromarray(square(read_pixels(file))) for file in files]
+        images = torch.stack([preprocess(each) for each in squares])
         with torch.inference_mode():
             of_images = model.encode_image(images.to(device))
             of_texts = model.encode_text(tokenize(texts).to(device))

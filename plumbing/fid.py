@@ -131,7 +131,7 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
 
 
 def read_reference(
-    path: Path, network: Callable | None, batch_size: int, ranks: Ranks
+    path: Path, network: Callable | None, batch_size: int, ranks: Ranks, size: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Statistics to compare with -> mean (2048,), covariance (2048, 2048), float64, on the CPU.
 
@@ -139,9 +139,10 @@ def read_reference(
         path: a file with `mu` and `sigma` (an .npz, as EDM's, or a .safetensors), or a folder of
             images, which the ranks share.
         network: of `inception`; only a folder needs it.
+        size: that its images must have; 0: one size, whichever.
     """
     if path.is_dir():
-        return feature_statistics(read_images(path, batch_size, ranks), network, ranks)
+        return feature_statistics(read_images(path, batch_size, ranks, size), network, ranks)
     if path.suffix == ".safetensors":
         tensors, _ = read_tensors(path)
     else:
@@ -154,21 +155,22 @@ def read_reference(
     return tensors["mu"].double(), tensors["sigma"].double()
 
 
-def read_images(folder: Path, batch_size: int, ranks: Ranks) -> Iterator[Tensor]:
+def read_images(folder: Path, batch_size: int, ranks: Ranks, size: int = 0) -> Iterator[Tensor]:
     """This rank's share of the PNG and JPEG images in a folder and the folders in it, batch by
     batch: uint8 (B, 3, H, W)."""
     suffixes = (".png", ".jpg", ".jpeg")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     if len(files) < 2:
         raise UserError(f"{folder} holds {len(files)} PNG or JPEG images; FID needs at least 2")
-    shape, share = read_image(files[0]).shape, ranks.share(len(files))
+    shape = torch.Size((3, size, size)) if size else read_image(files[0]).shape
+    share = ranks.share(len(files))
     for start in tqdm(range(0, len(share), batch_size), desc=folder.name, disable=ranks.rank > 0):
         images = {files[k]: read_image(files[k]) for k in share[start : start + batch_size]}
         for path, image in images.items():
             if image.shape != shape:
                 raise UserError(
-                    f"{path} is {tuple(image.shape)}, but {files[0]} {tuple(shape)}: FID "
-                    "depends on how images are resized, so bring them to one size deliberately"
+                    f"{path} is {tuple(image.shape)} instead of {tuple(shape)}: FID depends on "
+                    "how images are resized, so bring them to one size deliberately"
                 )
         yield torch.stack(list(images.values()))
 

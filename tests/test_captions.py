@@ -132,6 +132,7 @@ def test_pictures_of_captions(small, tmp_path, capsys):
     assert found["teacher"]["evaluations"] == 6 and "guidance 2" in found["teacher"]["source"]
     pictures = {path: path.read_bytes() for path in Path("captions").glob("*/*.png")}
     assert len(set(pictures.values())) == 10
+    assert Image.open("captions/teacher.png").size == (5 * 258 + 2, 260)
     assert Image.open("captions/student/000003.png").size == (64, 64)
 
     # A picture is a function of (seed, k, caption): alone, and after an interruption, the same.

@@ -53,7 +53,7 @@ def test_through_every_script(resolution, classes, tmp_path, monkeypatch, random
     beside = {"teacher": True, "teacher_weights": teacher, "steps": 2}
     sample.main(sample.Config(seeds="0-3", out="y.png", device="cpu", **beside))
 
-    images = 2 * torch.rand(5, 3, 32, 32) - 1
+    images = 2 * torch.rand(5, 3, resolution, resolution) - 1
     for k, image in enumerate(images):
         save_grid(tmp_path / "real" / f"{k}.png", image[None], columns=1, gap=0)
     figures = {"inception": str(random_weights), "samples": 4, "batch_size": 2, "device": "cpu"}
@@ -61,6 +61,10 @@ def test_through_every_script(resolution, classes, tmp_path, monkeypatch, random
     evaluate.main(evaluate.Config(**figures, **options, teacher_weights=teacher))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if ": FID " in line] == ["student", "teacher"]
+    save_grid(tmp_path / "other" / "1.png", torch.zeros(1, 3, 9, 9), columns=1, gap=0)
+    save_grid(tmp_path / "other" / "2.png", torch.zeros(1, 3, 9, 9), columns=1, gap=0)
+    with pytest.raises(UserError, match=r"\(3, 9, 9\) instead of \(3, "):
+        evaluate.main(evaluate.Config(**figures | {"reference": "other"}))
     with pytest.raises(UserError, match="give the real images: --reference"):
         evaluate.main(evaluate.Config(**figures))
 
