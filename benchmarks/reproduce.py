@@ -3,9 +3,9 @@
     python benchmarks/reproduce.py                hours on 2 CPU cores
     python benchmarks/reproduce.py --jobs 2       two runs at a time, of one core each
 
-Measured are the real digits, the teacher with several numbers of steps, the default recipe with
-five seeds, Table 2 in small, and the default recipe with each of its departures from the paper
-undone alone. It leaves in results/
+Measured are the real digits, the teacher with several numbers of steps, and the default recipe with
+five seeds; then, with fewer steps (STEPS) and three seeds each, Table 2 in small, and the recipe
+with each of its departures from the paper undone alone. It leaves in results/
 
     mnist.json      every figure, with seed, seconds, commit, machine, and what it depends on
     mnist.md        the same as tables; some of them stand in the README, between markers
@@ -70,10 +70,11 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 GENERATOR = ASSETS / "mnist_generator.safetensors"
 
-# What is measured: name -> what train.py is told beside the default recipe.
-FULL = "full"
+# What is measured: the default recipe; and with fewer steps, all with equally many, name -> what
+# train.py is told.
+DEFAULT, STEPS = "student, default recipe", 500
 TABLE_2 = {
-    FULL: [],
+    "full": [],
     "without distribution matching": ["--lambda-dm", "0"],
     "without regression": ["--lambda-reg", "0"],
     # As in the paper, whose 1e-5 is a fifth of CIFAR-10's rate.
@@ -91,7 +92,7 @@ DEPARTURES = {
     "constant lambda_reg": ["--lambda-reg-decay", "1"],
     "as many paired samples as unpaired": ["--batch-size-ref", "32"],
 }
-SEEDS_OF_FULL, SEEDS = 5, 3  # of the default recipe, of everything else
+SEEDS_OF_DEFAULT, SEEDS = 5, 3  # of the default recipe, of everything else
 # ... and evaluate.py: name -> its options, evaluations of the network.
 SOLVERS = {
     "untrained student (the teacher's single step)": ({"rows": ("untrained",)}, 1),
@@ -257,21 +258,21 @@ def folder_of(name: str, seed: int, config: Config) -> Path:
 def train(name: str, seed: int, config: Config, jobs: int) -> dict[str, float]:
     """Train one variant -> seconds."""
     where = ["--pairs", Path(config.runs) / "pairs", "--out", folder_of(name, seed, config)]
-    flags = (TABLE_2 | DEPARTURES)[name]
+    flags = [] if name == DEFAULT else ["--steps", STEPS, *(TABLE_2 | DEPARTURES)[name]]
     return {"train": run("train.py", *where, "--seed", seed, *flags, jobs=jobs)}
 
 
 def train_all(config: Config, results: Results) -> None:
     """Train and measure what results lack; the default recipe's first run alone, for its time."""
-    first = folder_of(FULL, 0, config)
+    first = folder_of(DEFAULT, 0, config)
     seconds = {"pairs": run("make_pairs.py", "--out", Path(config.runs) / "pairs")}
-    if not results.has(FULL):
-        seconds |= train(FULL, 0, config, jobs=1)
+    if not results.has(DEFAULT):
+        seconds |= train(DEFAULT, 0, config, jobs=1)
         seconds["sample"] = run("sample.py", "--checkpoint", first, "--out", first / "digits.png")
-        results.add(FULL, *draw(checkpoint=str(first), rows=("student",)), 0, seconds)
-    wanted = [(FULL, seed) for seed in range(SEEDS_OF_FULL)]
+        results.add(DEFAULT, *draw(checkpoint=str(first), rows=("student",)), 0, seconds)
+    wanted = [(DEFAULT, seed) for seed in range(SEEDS_OF_DEFAULT)]
     for seed in range(SEEDS):  # whoever stops early has every variant once
-        wanted += [(name, seed) for name in TABLE_2 | DEPARTURES if name != FULL]
+        wanted += [(name, seed) for name in TABLE_2 | DEPARTURES]
     wanted = [key for key in wanted if not results.has(*key)]
     with ThreadPoolExecutor(config.jobs) as pool:
         futures = {pool.submit(train, *key, config, config.jobs): key for key in wanted}
@@ -307,7 +308,7 @@ def figures_table(results: dict, names: list[str], columns: list[tuple[str, str]
     """Rows of runs; columns: (judge, figure); of the second judge they are marked."""
     heads = [FIGURES[f][0] + (" (2)" if judge == JUDGES[1] else "") for judge, f in columns]
     rows = []
-    for name in names:
+    for name in filter(results.__contains__, names):
         found = [entry["judges"] for entry in results[name].values()]
         cells = [
             cell([judges[judge][f] for judges in found], FIGURES[f][1], f in ("fd", "accuracy"))
@@ -324,9 +325,9 @@ def tables(results: dict) -> dict[str, str]:
     short += [(second, "fd"), (second, "accuracy")]
     untrained, *teachers = SOLVERS
     groups = {
-        "what comes out": [untrained, FULL, *teachers, REAL],
+        "what comes out": [untrained, DEFAULT, *teachers, REAL],
         "table 2": list(TABLE_2),
-        "departures": [FULL, *DEPARTURES],
+        "departures": ["full", *DEPARTURES],
     }
     made = {group: figures_table(results, names, short) for group, names in groups.items()}
     everything = list(results)
@@ -339,7 +340,7 @@ def tables(results: dict) -> dict[str, str]:
         for by_seed in [[entry["diversity_by_class"] for entry in results[name].values()]]
     ]
     made["diversity by class"] = table(["", *map(str, range(10))], by_class)
-    seconds = results[FULL]["0"]["seconds"]
+    seconds = results[DEFAULT]["0"]["seconds"]
     seconds = seconds | {"together": sum(seconds.values())}
     made["time"] = table(list(seconds), [[f"{value:.0f} s" for value in seconds.values()]])
     runs = [
@@ -368,7 +369,7 @@ def fill(text: str, made: dict[str, str]) -> str:
 def publish(config: Config) -> None:
     """What is shown of seed 0, if it was trained here and not only found in mnist.json: of the
     default run the generator, in half precision, and pictures; twenty digits of every variant."""
-    out, first = Path(config.out), folder_of(FULL, 0, config)
+    out, first = Path(config.out), folder_of(DEFAULT, 0, config)
     if (first / "training.gif").exists():
         tensors, metadata = read_tensors(first / "generator.safetensors")
         write_tensors(GENERATOR, {name: value.half() for name, value in tensors.items()}, metadata)

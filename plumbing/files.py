@@ -88,6 +88,15 @@ def write_figure(path: Path, figure) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
+def write_film(path: Path, frames: list[Image.Image]) -> None:
+    """Write pictures as a GIF, atomically: five a second, the last one for longer, again and
+    again."""
+    how = {"save_all": True, "append_images": frames[1:], "loop": 0, "optimize": True}
+    how["duration"] = [200] * (len(frames) - 1) + [2000]  # milliseconds
+    with atomic_path(path) as temporary:
+        frames[0].save(temporary, format="GIF", **how)
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] -> uint8, by EDM's rule x * 127.5 + 128, clamped."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)

@@ -33,6 +33,7 @@ from plumbing.files import (
     save_grid,
     write_csv,
     write_figure,
+    write_film,
     write_json,
     write_tensors,
     write_torch,
@@ -122,16 +123,13 @@ def save_pictures(out: Path, step: int, bands: list[Tensor]) -> None:
 
 
 def save_film(out: Path) -> None:
-    """training.gif: all samples_STEP.png in turn, at most 640 pixels wide, five a second."""
+    """training.gif: all samples_STEP.png in turn, at most 640 pixels wide."""
     frames = []
     for path in sorted(out.glob("samples_*.png")):
         with Image.open(path) as picture:
             picture.thumbnail((640, 640))
             frames.append(picture.convert("L" if picture.mode == "L" else "RGB"))
-    how = {"save_all": True, "append_images": frames[1:], "loop": 0}
-    how["duration"] = [200] * (len(frames) - 1) + [2000]  # milliseconds
-    with atomic_path(out / "training.gif") as temporary:
-        frames[0].save(temporary, format="GIF", **how)
+    write_film(out / "training.gif", frames)
 
 
 def save_unet_folder(out: Path, config: dict) -> None:
