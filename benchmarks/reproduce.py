@@ -140,6 +140,9 @@ def code_hash(*files: str) -> str:
     return hashlib.sha256("".join(dumps).encode()).hexdigest()[:16]
 
 
+ALL_PARTS = "losses loop network recipe teacher judge"
+
+
 @cache
 def dependencies() -> dict[str, str]:
     """Part of the project -> hash."""
@@ -157,11 +160,23 @@ def dependencies() -> dict[str, str]:
     }
 
 
+@cache
+def matmul_rate() -> float:
+    """GFLOP/s of this machine, before it is kept busy: a shared one has slow hours."""
+    a, times = torch.randn(1024, 1024), []
+    for _ in range(20):
+        clock = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - clock)
+    return 2 * 1024**3 / statistics.median(times) / 1e9
+
+
 def provenance(jobs: int = 1) -> dict:
     """Where a figure comes from."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    machine = f"{os.cpu_count()} cores {platform.machine()}, {jobs} at a time"
+    machine = f"{os.cpu_count()} cores {platform.machine()}, {matmul_rate():.0f} GFLOP/s, "
+    machine += f"{jobs} at a time"
     software = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
     return {"commit": commit or "unknown", "machine": f"{machine}; {software}"}
 
@@ -218,7 +233,7 @@ class Results:
         self.config, self.runs = config, read_json(self.path) if self.path.exists() else {}
         for name, by_seed in self.runs.items():
             for seed, found in by_seed.items():
-                old = [k for k, v in dependencies().items() if found["made_with"].get(k) != v]
+                old = [k for k, v in found["made_with"].items() if dependencies()[k] != v]
                 if old:
                     raise UserError(
                         f"{self.path}: {name!r}, seed {seed}, was made with another "
@@ -231,12 +246,17 @@ class Results:
         return str(seed) in self.runs.get(name, {})
 
     def add(
-        self, name: str, images: Tensor, labels: Tensor, seed: int = 0, seconds: dict | None = None
+        self, name: str, images: Tensor, labels: Tensor, parts: str, seed: int = 0, **more: dict
     ) -> None:
-        """Measure images (N, 1, 28, 28) in [-1, 1], made for labels (N,) long; write it down."""
+        """Measure images (N, 1, 28, 28) in [-1, 1], made for labels (N,) long; write it down.
+
+        Args:
+            parts: of `dependencies`, those that it depends on.
+            more: to be written down too.
+        """
         self.judge = self.judge or Judge(self.config)
-        found = self.judge.measure(images, labels) | provenance(self.config.jobs)
-        found |= {"seconds": seconds or {}, "made_with": dependencies()}
+        found = self.judge.measure(images, labels) | provenance(self.config.jobs) | more
+        found["made_with"] = {part: dependencies()[part] for part in parts.split()}
         self.runs.setdefault(name, {})[str(seed)] = found
         write_json(self.path, self.runs)
 
@@ -269,7 +289,8 @@ def train_all(config: Config, results: Results) -> None:
     if not results.has(DEFAULT):
         seconds |= train(DEFAULT, 0, config, jobs=1)
         seconds["sample"] = run("sample.py", "--checkpoint", first, "--out", first / "digits.png")
-        results.add(DEFAULT, *draw(checkpoint=str(first), rows=("student",)), 0, seconds)
+        digits = draw(checkpoint=str(first), rows=("student",))
+        results.add(DEFAULT, *digits, ALL_PARTS, seconds=seconds)
     wanted = [(DEFAULT, seed) for seed in range(SEEDS_OF_DEFAULT)]
     for seed in range(SEEDS):  # whoever stops early has every variant once
         wanted += [(name, seed) for name in TABLE_2 | DEPARTURES]
@@ -281,7 +302,7 @@ def train_all(config: Config, results: Results) -> None:
                 (name, seed), seconds = futures[future], future.result()
                 folder = str(folder_of(name, seed, config))
                 digits = draw(checkpoint=folder, rows=("student",))
-                results.add(name, *digits, seed, seconds)
+                results.add(name, *digits, ALL_PARTS, seed, seconds=seconds)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -342,7 +363,8 @@ def tables(results: dict) -> dict[str, str]:
     made["diversity by class"] = table(["", *map(str, range(10))], by_class)
     seconds = results[DEFAULT]["0"]["seconds"]
     seconds = seconds | {"together": sum(seconds.values())}
-    made["time"] = table(list(seconds), [[f"{value:.0f} s" for value in seconds.values()]])
+    row = [*(f"{value:.0f} s" for value in seconds.values()), results[DEFAULT]["0"]["machine"]]
+    made["time"] = table([*seconds, "machine"], [row])
     runs = [
         [name, seed, *(f"{entry['judges'][first][f]:.4f}" for f in FIGURES), entry["commit"],
          entry["machine"]]
@@ -386,13 +408,14 @@ def publish(config: Config) -> None:
 
 def main(config: Config) -> None:
     """Measure what is missing, then write tables and pictures."""
+    matmul_rate()
     results, out = Results(config), Path(config.out)
     if not results.has(REAL):
         images, labels = load_mnist(config.data, train=True)
-        results.add(REAL, images[:SAMPLES], labels[:SAMPLES])
+        results.add(REAL, images[:SAMPLES], labels[:SAMPLES], "judge")
     for name, (options, _) in SOLVERS.items():
         if not results.has(name):
-            results.add(name, *draw(dataset="mnist", **options))
+            results.add(name, *draw(dataset="mnist", **options), "judge teacher network")
     train_all(config, results)
     write_bytes(out / "mnist.md", page(results.runs).encode())
     publish(config)
