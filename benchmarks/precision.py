@@ -65,9 +65,8 @@ def make_teacher(config: Config) -> SDTeacher:
     widths = [config.width * factor for factor in (1, 2, 4, 4)]
     unet = UNet(SD15["unet"] | {"block_out_channels": widths, "sample_size": config.size})
     null_text, nothing = torch.randn(1, 77, TEXT_WIDTH), nn.Identity()
-    sd = SimpleNamespace(
-        unet=unet, encode_text=lambda prompts: null_text, text_encoder=nothing, vae=nothing
-    )
+    parts = {"text_encoder": nothing, "vae": nothing, "tiny_vae": nothing}
+    sd = SimpleNamespace(unet=unet, encode_text=lambda prompts: null_text, **parts)
     return SDTeacher(sd, {"name": "random weights"}, guidance=3.0)
 
 
