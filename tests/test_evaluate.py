@@ -79,16 +79,16 @@ def test_no_mnist_and_no_network(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["teacher", "student"])
 def test_shipped_networks_make_digits(who):
-    """100 digits, judged by the shipped classifier: nearly all of the class they were made for."""
-    labels = torch.arange(100) % 10
-    z = sample_noise("pairs", 5, range(100), (1, 28, 28))
+    """200 digits, judged by the shipped classifier: nearly all of the class they were made for."""
+    labels = torch.arange(200) % 10
+    z = sample_noise("pairs", 5, range(200), (1, 28, 28))
     with torch.inference_mode():
         if who == "teacher":
             images = load_teacher(get_workload()).solve(z, labels, 8)
         else:
             images = load_generator(MNIST_GENERATOR)[0](z, labels)
     _, logits = digits.classify(digits.load_classifier(CPU), images, CPU)
-    assert (logits.argmax(1) == labels).double().mean() >= 0.95
+    assert (logits.argmax(1) == labels).double().mean() >= 0.94
 
 
 def test_shipped_files_are_small_and_say_what_they_are():
@@ -338,12 +338,12 @@ def test_what_mnist_does_not_have():
             )
 
 
-def test_text_to_image_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+def test_text_to_image_without_captions_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
     path = tmp_path / "unet.safetensors"
     write_tensors(path, {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, {})
     monkeypatch.setattr(teachers, "load_network", None)
     for options in ({"checkpoint": str(path)}, {"dataset": "sd15", "rows": ("teacher",)}):
-        with pytest.raises(UserError, match=r"COCO.*sample\.py.*clean-fid"):
+        with pytest.raises(UserError, match="give a file of --captions"):
             evaluate.main(evaluate.Config(device="cpu", **options))
 
 

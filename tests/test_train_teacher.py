@@ -1,4 +1,5 @@
-"""train_teacher.py on a few made-up digits: what it leaves, and how it resumes."""
+"""train_teacher.py and train_classifier.py on a few made-up digits: what they leave, and how the
+former resumes."""
 
 import shutil
 import struct
@@ -7,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from assets import train_teacher
+from assets import train_classifier, train_teacher
 from edm_unet import EDMPrecond, heun_sample
+from plumbing import digits
 from plumbing.options import UserError
 from teachers import load_teacher
 from workloads import WORKLOADS, get_workload
@@ -103,3 +105,19 @@ def test_files_that_do_not_belong_there(straight, data, tmp_path):
     torch.save({"step": 3}, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="holds other files"):
         train_teacher.main(config(data, tmp_path))
+
+
+@pytest.mark.parametrize("architecture", ["convolutions", "lenet"])
+def test_a_judge_is_a_folder_of_two_files(architecture, data, tmp_path):
+    """It is read as what it is, and finds the images that it was measured with at no distance."""
+    where = {"data": str(data), "out": str(tmp_path), "device": "cpu"}
+    config = train_classifier.Config(**where, epochs=1, batch_size=4, architecture=architecture)
+    train_classifier.main(config)
+    images, labels = digits.load_mnist(str(data), train=False)
+    found = digits.measure(images, labels, torch.device("cpu"), tmp_path)
+    assert found["fd"] == pytest.approx(0, abs=1e-6)
+    assert found["diversity"] == pytest.approx(1) and found["samples"] == 20
+    net = digits.load_classifier(torch.device("cpu"), tmp_path)
+    assert any(isinstance(m, torch.nn.MaxPool2d) for m in net.modules()) == (
+        architecture == "lenet"
+    )
