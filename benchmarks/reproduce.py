@@ -171,12 +171,11 @@ def matmul_rate() -> float:
     return 2 * 1024**3 / statistics.median(times) / 1e9
 
 
-def provenance(jobs: int = 1) -> dict:
+def provenance() -> dict[str, str]:
     """Where a figure comes from."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    machine = f"{os.cpu_count()} cores {platform.machine()}, {matmul_rate():.0f} GFLOP/s, "
-    machine += f"{jobs} at a time"
+    machine = f"{os.cpu_count()} cores {platform.machine()}, {matmul_rate():.0f} GFLOP/s"
     software = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
     return {"commit": commit or "unknown", "machine": f"{machine}; {software}"}
 
@@ -246,7 +245,7 @@ class Results:
         return str(seed) in self.runs.get(name, {})
 
     def add(
-        self, name: str, images: Tensor, labels: Tensor, parts: str, seed: int = 0, **more: dict
+        self, name: str, images: Tensor, labels: Tensor, parts: str, seed: int = 0, **more
     ) -> None:
         """Measure images (N, 1, 28, 28) in [-1, 1], made for labels (N,) long; write it down.
 
@@ -255,7 +254,7 @@ class Results:
             more: to be written down too.
         """
         self.judge = self.judge or Judge(self.config)
-        found = self.judge.measure(images, labels) | provenance(self.config.jobs) | more
+        found = self.judge.measure(images, labels) | provenance() | more
         found["made_with"] = {part: dependencies()[part] for part in parts.split()}
         self.runs.setdefault(name, {})[str(seed)] = found
         write_json(self.path, self.runs)
@@ -277,9 +276,13 @@ def folder_of(name: str, seed: int, config: Config) -> Path:
 
 def train(name: str, seed: int, config: Config, jobs: int) -> dict[str, float]:
     """Train one variant -> seconds."""
-    where = ["--pairs", Path(config.runs) / "pairs", "--out", folder_of(name, seed, config)]
+    out = folder_of(name, seed, config)
+    where = ["--pairs", Path(config.runs) / "pairs", "--out", out]
     flags = [] if name == DEFAULT else ["--steps", STEPS, *(TABLE_2 | DEPARTURES)[name]]
-    return {"train": run("train.py", *where, "--seed", seed, *flags, jobs=jobs)}
+    seconds = run("train.py", *where, "--seed", seed, *flags, jobs=jobs)
+    if not (out / "training.gif").exists():  # SIGTERM ends a run early, and without an error
+        raise KeyboardInterrupt
+    return {"train": seconds}
 
 
 def train_all(config: Config, results: Results) -> None:
@@ -304,7 +307,7 @@ def train_all(config: Config, results: Results) -> None:
                 (name, seed), seconds = futures[future], future.result()
                 folder = str(folder_of(name, seed, config))
                 digits = draw(checkpoint=folder, rows=("student",))
-                results.add(name, *digits, ALL_PARTS, seed, seconds=seconds)
+                results.add(name, *digits, ALL_PARTS, seed, seconds=seconds, jobs=config.jobs)
         finally:
             pool.shutdown(cancel_futures=True)
 

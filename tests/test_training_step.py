@@ -40,7 +40,8 @@ def tiny_pairs(teacher, tmp_path_factory):
 def prepare(teacher, tiny_pairs, tmp_path, monkeypatch, **options):
     """A Run with a mu_fake of its own, and a list that gets the gradient of each Learner's step."""
     monkeypatch.setattr(train, "load_teacher", lambda _: teacher)
-    options = {"steps": 900, "batch_size": 4, "batch_size_ref": 2, **options}
+    rates = {"steps": 900, "learning_rate": 4e-4, "fake_lr_ratio": 4.0}
+    options = {**rates, "batch_size": 4, "batch_size_ref": 2, **options}
     config = get_workload(pairs=str(tiny_pairs), out=str(tmp_path / "run"), **options)
     run, gradients = train.prepare(config, ALONE), []
     torch.manual_seed(1)
