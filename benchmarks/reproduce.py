@@ -340,7 +340,8 @@ def figures_table(results: dict, names: list[str], columns: list[tuple[str, str]
             cell([judges[judge][f] for judges in found], FIGURES[f][1], f in ("fd", "accuracy"))
             for judge, f in columns
         ]
-        rows.append([name, *cells])
+        label = f"{name} (evaluations: {SOLVERS[name][1]})" if name in SOLVERS else name
+        rows.append([label, *cells])
     return table(["", *heads], rows)
 
 

@@ -9,5 +9,6 @@ rundir      what a run leaves: log, curves, checkpoints; signals
 edm_files   EDM's files, without running what they say
 downloads   weights by name or address
 fid         the Frechet Inception Distance by EDM's protocol
-digits      MNIST, and the classifier that judges digits
+digits      MNIST, and the classifiers that judge digits
+captions    pictures of captions, their FID and CLIP score
 """
