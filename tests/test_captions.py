@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import test_sd_commands
 import torch
-from conftest import fails_in_one_line
+from conftest import fails_in_one_line, run, run_on_two_ranks
 from PIL import Image
 
 import evaluate
@@ -146,6 +146,23 @@ def test_pictures_of_captions(small, tmp_path, capsys):
         assert np.abs(difference).max() <= 1  # of another batch size, another rounding
     with pytest.raises(UserError, match="made with another seed;"):
         evaluate.main(evaluate.Config(**both, seed=1))
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_what_one_does(small, tmp_path, sd, sd_run):
+    """By command; rank 0 alone measures and prints. One caption a batch: the same rounding."""
+    options = ("--checkpoint", sd_run, "--captions", tmp_path / "captions.txt", "--device", "cpu")
+    options += ("--teacher-weights", sd, "--batch-size", 1)
+    for how, folder in ((run, "one"), (run_on_two_ranks, "two")):
+        result = how("evaluate.py", *options, "--images", tmp_path / folder, "--samples", 5)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("ms per image (batch 1) (5 images)") == 1
+    for k in range(5):
+        one, two = (
+            np.asarray(Image.open(captions.picture(tmp_path / folder / "student", k)), int)
+            for folder in ("one", "two")
+        )
+        assert np.abs(one - two).max() <= 1
 
 
 def test_mistakes_with_captions(small, tmp_path, run_here):
