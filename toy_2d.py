@@ -307,7 +307,7 @@ def draw_film(path: Path, films: dict[str, list[Frame]], moments: list[int]) -> 
             ):  # fmt: skip
                 how = {"angles": "xy", "scale_units": "xy", "scale": 1, "zorder": 3}
                 axis.quiver(*at, *arrows.flatten(1).T, color=colour, width=width, **how)
-        figure.suptitle(f"step {step}", x=0.03)
+        figure.suptitle(f"step {step}", x=0.005, ha="left")
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
