@@ -290,7 +290,7 @@ def draw(path: Path, panels: dict[str, Tensor]) -> None:
 
 def draw_film(path: Path, films: dict[str, list[Frame]], moments: list[int]) -> None:
     """The figure at several moments. Arrows: blue the real score, which pulls towards real data,
-    brown the fake one turned round, which pushes the samples apart, black their sum, Eq. 7."""
+    brown the fake one turned round, which pushes the samples apart, black their sum: -Eq. 7."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # late, see options.py
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """Train the one-step generator: Algorithm 1 of the paper.
 
-    python train.py                                          MNIST, about 5 minutes on 2 CPU cores
+    python train.py                                          MNIST, minutes on 2 CPU cores
     torchrun --nproc-per-node 7 train.py --dataset imagenet64            on seven GPUs
 
 Needs pairs (python make_pairs.py). It writes runs/DATASET/: config.json, log.csv, curves.png,

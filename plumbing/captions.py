@@ -57,7 +57,7 @@ def draw_missing(
             for k, image in zip(numbers, draw(numbers), strict=True):
                 if not image.isfinite().all():
                     raise UserError(f"image {k} is NaN or infinite; try --amp off")
-                # The paper's authors round down here; EDM's rule is another.
+                # Rounded down, as in the authors' code of DMD2; EDM's rule is another.
                 pixels = ((image.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
                 with atomic_path(picture(folder, k)) as temporary:
                     Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG")
