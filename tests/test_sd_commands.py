@@ -319,7 +319,8 @@ def test_the_readmes_lines_for_diffusers(sd, sd_run, tmp_path):
         pytest.importorskip(package, reason=f"{package} is an optional package")
     from diffusers import DDIMScheduler
 
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = (ROOT / "docs/large-runs.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     changes = {
         "runs/sd15/unet": str(sd_run / "unet"), "4, 64, 64": "4, 8, 8",
         "stable-diffusion-v1-5/stable-diffusion-v1-5": str(tmp_path / "pipe"),

@@ -1,0 +1,267 @@
+"""Build docs/index.html, the annotated source, from docs/page.html and the source files.
+
+    python docs/build.py
+
+docs/page.html is the text, a Jinja template; equations stand in it in LaTeX, between dollar signs.
+What it calls is here: code(file, name) cuts a function, a class or a constant out of its file,
+without docstrings, since the text beside it says what they say; see(file, name) links to one;
+line(file, text) to the one line of it that holds this text. A name or text that is not there, or
+not once, is an error. The page needs no network, and no file but the pictures. It prints:
+
+    wrote docs/index.html
+"""
+
+import ast
+import json
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import latex2mathml
+import pygments
+from jinja2 import Environment, StrictUndefined
+from latex2mathml.converter import convert
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.reproduce import tables
+from plumbing.files import write_bytes
+
+ROOT = Path(__file__).parent.parent
+
+# LaTeX; names in the code; shape or range; meaning. Where one of them stands on the page, in an
+# equation or in code, it can be asked for this.
+SYMBOLS = [
+    (r"x_\text{ref}", "x_ref", "(R, C, H, W)", "G(z_ref), to be compared with y_ref"),
+    (r"y_\text{ref}", "y_ref", "(R, C, H, W)", "the teacher's ODE solution for z_ref"),
+    (r"z_\text{ref}", "z_ref", "(R, C, H, W)", "noise of the pairs"),
+    (r"\mu_\text{base}", "", "(x_t, t, cond) -> (B, C, H, W)", "the pretrained denoiser"),
+    (r"\mu_\text{real}", "mu_real p_real", "(x_t, t, cond) -> (B, C, H, W)",
+     "the frozen teacher, an estimate of the clean x_0; p_real is its prediction"),
+    (r"\mu_\text{fake}", "mu_fake p_fake", "(x_t, t, cond) -> (B, C, H, W)",
+     "denoiser trained all along on what G makes; p_fake is its prediction"),
+    (r"s_\text{real}", "s_real", "(B, C, H, W)",
+     "score of diffused real data: the direction in which they get denser"),
+    (r"s_\text{fake}", "s_fake", "(B, C, H, W)", "score of diffused generated data"),
+    (r"p_\text{real}", "", "density", "of the data, which the teacher knows"),
+    (r"p_\text{fake}", "", "density", "of what G makes"),
+    (r"\lambda_\text{reg}", "lambda_reg", "number", "weight of the regression loss"),
+    (r"T_\text{min}", "T_MIN", "0.02 T", "lowest of the KL gradient"),
+    (r"T_\text{max}", "T_MAX max_dm_step t_max", "0.98 T", "highest of the KL gradient"),
+    (r"\alpha_t", "alpha_t", "(B, 1, 1, 1) of a table (T,)", "what of x is left in x_t; EDM: 1"),
+    (r"\sigma_t", "sigma_t", "(B, 1, 1, 1) of a table (T,)", "how much noise is in x_t"),
+    (r"w_t", "w_t", "(B, 1, 1, 1)", "weight of the KL gradient"),
+    (r"x_t", "x_t", "(B, C, H, W)", "x, diffused to noise level t"),
+    (r"x_0", "x_0", "(B, C, H, W)", "a clean sample"),
+    (r"G_\theta", "G", "z -> x", "the one-step generator"),
+    (r"D_\text{KL}", "", "number", "Kullback-Leibler divergence"),
+    (r"\mathcal{D}", "pairs", "(z_ref, y_ref), ...", "the pairs, made beforehand"),
+    (r"\epsilon", "eps", "(B, C, H, W)", "noise, or a network's prediction of it"),
+    (r"\ell", "distance", "two images -> number", "LPIPS, or the squared difference"),
+    (r"\theta", "", "", "the weights of G"),
+    (r"\phi", "", "", "the weights of mu_fake"),
+    (r"T", "T", "1000", "number of noise levels"),
+    (r"t", "t", "(B,) long, 0 .. T-1", "noise level, larger is noisier"),
+    (r"z", "z", "(B, C, H, W)", "noise, N(0, I)"),
+    (r"x", "x", "(B, C, H, W)", "G(z), in [-1, 1]; of Stable Diffusion a latent"),
+    (r"y", "y", "(B, C, H, W)", "the teacher's ODE solution for z"),
+    (r"c", "cond", "(B,) long, or (B, 77, 768)", "class label, or text states"),
+    (r"C", "", "1, 3 or 4", "channels"),
+    (r"S", "", "H W", "pixels (of Stable Diffusion, of the latent)"),
+]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Equations
+
+
+def mathml(latex: str, display: str = "inline") -> str:
+    """LaTeX -> MathML, in which symbols carry their number in SYMBOLS as data-s."""
+    text = convert(latex, display=display)
+    for number, (symbol, *_) in enumerate(SYMBOLS):  # the larger first; \0 hides what is done
+        text = text.replace(inside(symbol), f"\0{number}\0")
+
+    def asked_for(match: re.Match) -> str:
+        number = match[1]
+        stop = ' tabindex="0"' if display == "block" and match.start() == first[number] else ""
+        return f'<mrow data-s="{number}"{stop}>{inside(SYMBOLS[int(number)][0])}</mrow>'
+
+    first = {}  # the keyboard stops at each symbol of an equation once
+    for match in re.finditer("\0(\\d+)\0", text):
+        first.setdefault(match[1], match.start())
+    return re.sub("\0(\\d+)\0", asked_for, text)
+
+
+@cache
+def inside(latex: str) -> str:
+    """A symbol's MathML, as it stands in an equation."""
+    return re.fullmatch(r"<math.*?><mrow>(.*)</mrow></math>", convert(latex))[1]
+
+
+def with_equations(text: str) -> str:
+    """$...$ and $$...$$ -> MathML; the second on a line of its own."""
+
+    def replace(match: re.Match) -> str:
+        if match[1] == "$":
+            return mathml(match[2])
+        return f'<span class="scroll">{mathml(match[2], "block")}</span>'
+
+    return re.sub(r"(\$\$?)([^$<]+)\1", replace, text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Code
+
+
+@cache
+def source(file: str) -> tuple[list[str], list[str], ast.Module]:
+    """Of a file: its lines, the same in colour, its syntax tree."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    coloured = pygments.highlight(text, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True))
+    return text.split("\n"), coloured.split("\n"), ast.parse(text)
+
+
+def names_of(node: ast.AST) -> list[str]:
+    """What a statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = getattr(node, "targets", [])
+    targets = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def find(file: str, name: str) -> ast.stmt:
+    """A function, class, method (Class.method) or constant of a file."""
+    node = source(file)[2]
+    for part in name.split("."):
+        found = [child for child in ast.walk(node) if part in names_of(child)]
+        if len(found) != 1:
+            raise LookupError(f"{file} has {len(found)} of {name}")
+        node = found[0]
+    return node
+
+
+def first_line(file: str, name: str) -> int:
+    """Where it begins, decorators included, and the comment above."""
+    lines, node = source(file)[0], find(file, name)
+    start = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
+    while lines[start - 2].startswith("# "):
+        start -= 1
+    return start
+
+
+SYMBOL_OF = {name: str(n) for n, (_, names, *_) in enumerate(SYMBOLS) for name in names.split()}
+shown: dict[str, set[int]] = {}  # file -> the lines that are on the page
+
+
+def code(file: str, *names: str) -> str:
+    """Cut these out of their file, without docstrings."""
+    return "".join(code_block(file, name) for name in names)
+
+
+def code_block(file: str, name: str) -> str:
+    """One of them."""
+    node, start = find(file, name), first_line(file, name)
+    left_out = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part):
+            left_out |= set(range(part.body[0].lineno, part.body[0].end_lineno + 1))
+            if not source(file)[0][part.body[0].end_lineno]:
+                left_out.add(part.body[0].end_lineno + 1)  # an empty line after it
+
+    def symbol(match: re.Match) -> str:
+        if match[1] not in SYMBOL_OF:
+            return match[0]
+        return f'<span class="n" data-s="{SYMBOL_OF[match[1]]}">{match[1]}</span>'
+
+    lines = ""
+    for number in range(start, node.end_lineno + 1):
+        if number in left_out:
+            continue
+        if number in shown.setdefault(file, set()):
+            raise LookupError(f"{file}: line {number} is on the page twice")
+        shown[file].add(number)
+        line = re.sub(r'<span class="n">(\w+)</span>', symbol, source(file)[1][number - 1])
+        lines += f'<span class="l" id="{file}-{number}" data-n="{number}">{line}\n</span>'
+    return (
+        f'<figure class="code"><figcaption><a href="../{file}#L{start}">{file}</a>, line {start}: '
+        f'{name}</figcaption><pre tabindex="0" aria-label="{name} of {file}">{lines}</pre></figure>'
+    )
+
+
+def see(file: str, name: str) -> str:
+    """A link to where this is defined: on the page, if it is shown there."""
+    return f'<a class="see" href="\1{file}:{first_line(file, name)}\1"><code>{name}</code></a>'
+
+
+def line(file: str, text: str) -> str:
+    """A link to the one line that holds this text."""
+    found = [n for n, each in enumerate(source(file)[0], start=1) if text in each]
+    if len(found) != 1:
+        raise LookupError(f"{file} has {len(found)} lines with {text!r}")
+    return f'<a class="line" href="\1{file}:{found[0]}\1">{file}:{found[0]}</a>'
+
+
+def with_targets(text: str) -> str:
+    """Links to lines that the page shows go there, others to the file."""
+
+    def replace(match: re.Match) -> str:
+        file, number = match[1], int(match[2])
+        here = number in shown.get(file, ())
+        return f"#{file}-{number}" if here else f"../{file}#L{number}"
+
+    return re.sub("\1(.*?):(\\d+)\1", replace, text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables and the page
+
+
+def measured(name: str) -> str:
+    """One of the tables of results/mnist.json."""
+    results = json.loads((ROOT / "results" / "mnist.json").read_text(encoding="utf-8"))
+    heads, _, *rows = (row[2:-2].split(" | ") for row in tables(results)[name].splitlines())
+
+    def cells(row: list[str]) -> str:
+        return f'<th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:])
+
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
+    body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
+    return f'<div class="scroll" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def symbols() -> str:
+    """SYMBOLS as the rows of a table."""
+    rows = ""
+    for number, (latex, names, shape, meaning) in enumerate(SYMBOLS):
+        names = ", ".join(f"<code>{name}</code>" for name in names.split())
+        cells = (convert(latex), names, shape.replace("->", "→"), meaning)
+        row = "".join(f"<td>{cell}</td>" for cell in cells)
+        rows += f'<tr id="symbol-{number}">{row}</tr>'
+    return rows
+
+
+def colours(style: str) -> str:
+    """CSS of a Pygments style."""
+    return HtmlFormatter(style=style).get_style_defs("pre")
+
+
+def build() -> str:
+    """The page."""
+    shown.clear()
+    environment = Environment(
+        variable_start_string="[[", variable_end_string="]]", undefined=StrictUndefined
+    )
+    template = environment.from_string((ROOT / "docs/page.html").read_text(encoding="utf-8"))
+    versions = f"latex2mathml {latex2mathml.__version__}, Pygments {pygments.__version__}"
+    helpers = (code, see, line, measured, symbols, colours)
+    text = template.render(versions=versions, **{each.__name__: each for each in helpers})
+    return with_targets(with_equations(text)) + "\n"
+
+
+if __name__ == "__main__":
+    write_bytes(ROOT / "docs/index.html", build().encode())
+    print("wrote docs/index.html")
