@@ -140,7 +140,7 @@ def code_hash(*files: str) -> str:
     return hashlib.sha256("".join(dumps).encode()).hexdigest()[:16]
 
 
-ALL_PARTS = "losses loop network recipe teacher judge"
+ALL_PARTS = "losses loop network recipe teacher judge"  # of a run, and of a variant its steps too
 
 
 @cache
@@ -157,6 +157,7 @@ def dependencies() -> dict[str, str]:
         "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
         "teacher": file_hash(Path(workload.teacher)),
         "judge": judge + code_hash("plumbing/digits.py", "assets/train_classifier.py"),
+        "steps": str(STEPS),
     }
 
 
@@ -307,7 +308,8 @@ def train_all(config: Config, results: Results) -> None:
                 (name, seed), seconds = futures[future], future.result()
                 folder = str(folder_of(name, seed, config))
                 digits = draw(checkpoint=folder, rows=("student",))
-                results.add(name, *digits, ALL_PARTS, seed, seconds=seconds, jobs=config.jobs)
+                parts = ALL_PARTS if name == DEFAULT else f"{ALL_PARTS} steps"
+                results.add(name, *digits, parts, seed, seconds=seconds, jobs=config.jobs)
         finally:
             pool.shutdown(cancel_futures=True)
 
