@@ -213,7 +213,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 def in_float32(layers: nn.Module, x: Tensor) -> Tensor:
-    """layers(x) in float32 whatever autocast and the weights' dtype, for the first and last layers.
+    """layers(x) in float32 whatever autocast and the weights' dtype, for time embedding and output.
 
     What is rounded in eps counts sigma / alpha = 14.6 times in x at t = 999.
     """

@@ -27,7 +27,7 @@ from pygments.lexers import PythonLexer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.reproduce import tables
+from benchmarks.reproduce import STEPS, tables
 from plumbing.files import write_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -38,19 +38,22 @@ SYMBOLS = [
     (r"x_\text{ref}", "x_ref", "(R, C, H, W)", "G(z_ref), to be compared with y_ref"),
     (r"y_\text{ref}", "y_ref", "(R, C, H, W)", "the teacher's ODE solution for z_ref"),
     (r"z_\text{ref}", "z_ref", "(R, C, H, W)", "noise of the pairs"),
-    (r"\mu_\text{base}", "", "(x_t, t, cond) -> (B, C, H, W)", "the pretrained denoiser"),
+    (r"\mu_\text{base}", "", "(x_t, t, cond) -> (B, C, H, W)", "the teacher's denoiser, mu_real"),
     (r"\mu_\text{real}", "mu_real p_real", "(x_t, t, cond) -> (B, C, H, W)",
-     "the frozen teacher, an estimate of the clean x_0; p_real is its prediction"),
+     "the frozen teacher's denoiser; where scores are computed, its estimate of the clean x_0"),
     (r"\mu_\text{fake}", "mu_fake p_fake", "(x_t, t, cond) -> (B, C, H, W)",
-     "denoiser trained all along on what G makes; p_fake is its prediction"),
+     "denoiser trained all along on what G makes; where scores are computed, its estimate"),
     (r"s_\text{real}", "s_real", "(B, C, H, W)",
      "score of diffused real data: the direction in which they get denser"),
     (r"s_\text{fake}", "s_fake", "(B, C, H, W)", "score of diffused generated data"),
     (r"p_\text{real}", "", "density", "of the data, which the teacher knows"),
     (r"p_\text{fake}", "", "density", "of what G makes"),
+    (r"\mathcal{L}_\text{KL}", "loss_kl", "number", "Algorithm 2's loss"),
+    (r"\mathcal{L}_\text{reg}", "loss_reg", "number", "regression loss"),
+    (r"\mathcal{L}_\text{denoise}", "loss_denoise", "number", "Algorithm 3's loss"),
     (r"\lambda_\text{reg}", "lambda_reg", "number", "weight of the regression loss"),
-    (r"T_\text{min}", "T_MIN", "0.02 T", "lowest of the KL gradient"),
-    (r"T_\text{max}", "T_MAX max_dm_step t_max", "0.98 T", "highest of the KL gradient"),
+    (r"T_\text{min}", "T_MIN", "0.02 T", "where the KL gradient's noise levels begin"),
+    (r"T_\text{max}", "T_MAX max_dm_step t_max", "0.98 T", "where those of the KL gradient end"),
     (r"\alpha_t", "alpha_t", "(B, 1, 1, 1) of a table (T,)", "what of x is left in x_t; EDM: 1"),
     (r"\sigma_t", "sigma_t", "(B, 1, 1, 1) of a table (T,)", "how much noise is in x_t"),
     (r"w_t", "w_t", "(B, 1, 1, 1)", "weight of the KL gradient"),
@@ -66,7 +69,7 @@ SYMBOLS = [
     (r"T", "T", "1000", "number of noise levels"),
     (r"t", "t", "(B,) long, 0 .. T-1", "noise level, larger is noisier"),
     (r"z", "z", "(B, C, H, W)", "noise, N(0, I)"),
-    (r"x", "x", "(B, C, H, W)", "G(z), in [-1, 1]; of Stable Diffusion a latent"),
+    (r"x", "x", "(B, C, H, W)", "G(z), about [-1, 1]; of Stable Diffusion a latent"),
     (r"y", "y", "(B, C, H, W)", "the teacher's ODE solution for z"),
     (r"c", "cond", "(B,) long, or (B, 77, 768)", "class label, or text states"),
     (r"C", "", "1, 3 or 4", "channels"),
@@ -78,9 +81,11 @@ SYMBOLS = [
 # Equations
 
 
-def mathml(latex: str, display: str = "inline") -> str:
-    """LaTeX -> MathML, in which symbols carry their number in SYMBOLS as data-s."""
-    text = convert(latex, display=display)
+def mathml(latex: str, display: str = "inline", named: bool = True) -> str:
+    """LaTeX -> MathML; `named`: in which symbols carry their number in SYMBOLS as data-s."""
+    text = convert(latex, display=display).replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
+    if not named:
+        return text
     for number, (symbol, *_) in enumerate(SYMBOLS):  # the larger first; \0 hides what is done
         text = text.replace(inside(symbol), f"\0{number}\0")
 
@@ -157,12 +162,13 @@ SYMBOL_OF = {name: str(n) for n, (_, names, *_) in enumerate(SYMBOLS) for name i
 shown: dict[str, set[int]] = {}  # file -> the lines that are on the page
 
 
-def code(file: str, *names: str) -> str:
-    """Cut these out of their file, without docstrings."""
-    return "".join(code_block(file, name) for name in names)
+def code(file: str, *names: str, but: str = "") -> str:
+    """Cut these out of their file, without docstrings. `but`: names that mean something else there
+    than in SYMBOLS."""
+    return "".join(code_block(file, name, but.split()) for name in names)
 
 
-def code_block(file: str, name: str) -> str:
+def code_block(file: str, name: str, but: list[str]) -> str:
     """One of them."""
     node, start = find(file, name), first_line(file, name)
     left_out = set()
@@ -173,7 +179,7 @@ def code_block(file: str, name: str) -> str:
                 left_out.add(part.body[0].end_lineno + 1)  # an empty line after it
 
     def symbol(match: re.Match) -> str:
-        if match[1] not in SYMBOL_OF:
+        if match[1] not in SYMBOL_OF or match[1] in but:
             return match[0]
         return f'<span class="n" data-s="{SYMBOL_OF[match[1]]}">{match[1]}</span>'
 
@@ -186,10 +192,9 @@ def code_block(file: str, name: str) -> str:
         shown[file].add(number)
         line = re.sub(r'<span class="n">(\w+)</span>', symbol, source(file)[1][number - 1])
         lines += f'<span class="l" id="{file}-{number}" data-n="{number}">{line}\n</span>'
-    return (
-        f'<figure class="code"><figcaption><a href="../{file}#L{start}">{file}</a>, line {start}: '
-        f'{name}</figcaption><pre tabindex="0" aria-label="{name} of {file}">{lines}</pre></figure>'
-    )
+    link = f'<a href="../{file}#L{start}">{file}</a>, line {start}: {name}'
+    pre = f'<pre tabindex="0" role="region" aria-label="{name}, {file}">{lines}</pre>'
+    return f'<figure class="code"><figcaption>{link}</figcaption>{pre}</figure>'
 
 
 def see(file: str, name: str) -> str:
@@ -228,9 +233,10 @@ def measured(name: str) -> str:
     def cells(row: list[str]) -> str:
         return f'<th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:])
 
-    head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
+    head = "".join(f'<th scope="col">{cell or "10,000 digits"}</th>' for cell in heads)
     body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
-    return f'<div class="scroll" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'
+    region = f'<div class="scroll" tabindex="0" role="region" aria-label="Measured: {name}">'
+    return f"{region}<table><tr>{head}</tr>{body}</table></div>"
 
 
 def symbols() -> str:
@@ -238,9 +244,9 @@ def symbols() -> str:
     rows = ""
     for number, (latex, names, shape, meaning) in enumerate(SYMBOLS):
         names = ", ".join(f"<code>{name}</code>" for name in names.split())
-        cells = (convert(latex), names, shape.replace("->", "→"), meaning)
-        row = "".join(f"<td>{cell}</td>" for cell in cells)
-        rows += f'<tr id="symbol-{number}">{row}</tr>'
+        cells = (mathml(latex, named=False), names, shape.replace("->", "→"), meaning)
+        row = "".join(f"<td>{cell}</td>" for cell in cells[1:])
+        rows += f'<tr id="symbol-{number}"><th scope="row">{cells[0]}</th>{row}</tr>'
     return rows
 
 
@@ -257,8 +263,8 @@ def build() -> str:
     )
     template = environment.from_string((ROOT / "docs/page.html").read_text(encoding="utf-8"))
     versions = f"latex2mathml {latex2mathml.__version__}, Pygments {pygments.__version__}"
-    helpers = (code, see, line, measured, symbols, colours)
-    text = template.render(versions=versions, **{each.__name__: each for each in helpers})
+    helpers = {each.__name__: each for each in (code, see, line, measured, symbols, colours)}
+    text = template.render(versions=versions, steps=STEPS, **helpers)
     return with_targets(with_equations(text)) + "\n"
 
 
