@@ -175,8 +175,8 @@ ROWS = {
         ),
         teacher=str(ASSETS / "mnist_teacher.safetensors"),
         num_pairs=2000, solver_steps=18, distance="l2", lambda_reg=1.0, lambda_reg_decay=0.2,
-        steps=1500, batch_size=32, batch_size_ref=8, learning_rate=8e-4, fake_lr_ratio=2.5,
-        warmup=50, lr_decay="cosine", ema=0.98, save_every=100,
+        max_dm_step=600, steps=1000, batch_size=32, batch_size_ref=8, learning_rate=4e-4,
+        fake_lr_ratio=5.0, warmup=50, lr_decay="cosine", ema=0.98, save_every=100,
     ),
     "cifar10": CIFAR10,
     "cifar10-uncond": CIFAR10 | dict(

@@ -85,6 +85,7 @@ TABLE_2 = {
     "w_t = sigma_t^3 / alpha_t": ["--weighting", "prolificdreamer"],
 }  # fmt: skip
 DEPARTURES = {
+    "T_max = 0.98 T": ["--max-dm-step", "980"],
     "constant learning rate": ["--lr-decay", "none"],
     "mu_fake learns at G's rate": ["--fake-lr-ratio", "1"],
     "no moving average of G": ["--ema", "0"],
