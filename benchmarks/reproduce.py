@@ -296,12 +296,10 @@ def train_all(config: Config, results: Results) -> None:
         seconds["sample"] = run("sample.py", "--checkpoint", first, "--out", first / "digits.png")
         digits = draw(checkpoint=str(first), rows=("student",))
         results.add(DEFAULT, *digits, ALL_PARTS, seconds=seconds)
-    wanted = [
-        (name, seed)
-        for seed in range(SEEDS_OF_DEFAULT)  # whoever stops early has every variant once
-        for name in [DEFAULT, *(TABLE_2 | DEPARTURES if seed < SEEDS else ())]
-        if not results.has(name, seed)
-    ]
+    wanted = [(DEFAULT, seed) for seed in range(SEEDS_OF_DEFAULT)]
+    # Whoever stops early has every variant once.
+    wanted += [(name, seed) for seed in range(SEEDS) for name in TABLE_2 | DEPARTURES]
+    wanted = [key for key in wanted if not results.has(*key)]
     with ThreadPoolExecutor(config.jobs) as pool:
         futures = {pool.submit(train, *key, config, config.jobs): key for key in wanted}
         try:
