@@ -28,7 +28,7 @@ EDM_REFERENCE = "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/"  # statistics o
 @dataclass(frozen=True, kw_only=True)
 class Workload(Options):
     """One column of Appendix B's table. What has a help line is an option of the command line;
-    `free` marks what a run may be resumed with, since it does not change the result."""
+    `free` marks what a run may be resumed with: it does not change the result, or it is fixed."""
 
     # What is distilled.
     dataset: str = option(
