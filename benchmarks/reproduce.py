@@ -8,7 +8,7 @@ five seeds; then, with fewer steps (STEPS) and three seeds each, Table 2 in smal
 with each of its departures from the paper undone alone. It leaves in results/
 
     mnist.json      every figure, with seed, seconds, commit, machine, and what it depends on
-    mnist.md        the same as tables; some of them stand in the README, between markers
+    mnist.md        the same as tables; some stand in the README and in docs/, between markers
     *.png, *.gif    digits of every variant; digits, curves and film of the default run
 
 and the default run's generator in assets/. What mnist.json has is not measured again; an
