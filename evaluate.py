@@ -44,7 +44,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from plumbing.captions import (
-    check_real,
     clip_score,
     draw_missing,
     folder_fid,
@@ -60,6 +59,7 @@ from plumbing.fid import (
     feature_statistics,
     frechet_distance,
     inception,
+    list_images,
     read_reference,
     seeded_inputs,
 )
@@ -336,7 +336,7 @@ def measure_captions(config: Config, ranks: Ranks) -> dict[str, dict]:
         raise UserError(f"{config.captions} holds {len(captions)} captions, not {count}")
     real = Path(config.reference) if config.reference else None
     if real:
-        check_real(real)
+        list_images(real)  # or an error
         optional("cleanfid", "clean-fid")  # before hours of drawing
     if config.clip_score:
         optional("open_clip", "open_clip_torch")

@@ -32,7 +32,7 @@ from dmd_loss import denoising_weight
 from edm_unet import EDMPrecond, heun_sample
 from plumbing.devices import Ranks, pick_device, to
 from plumbing.digits import load_mnist
-from plumbing.files import save_grid, write_csv, write_tensors, write_torch
+from plumbing.files import atomic_path, save_grid, write_csv, write_tensors
 from plumbing.optim import Learner
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import generator, normal, sample_noise
@@ -117,7 +117,8 @@ def main(config: Config) -> None:
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             write_csv(out / "log.csv", log)
             state = {name: part.state_dict() for name, part in run.items()}
-            write_torch(out / "checkpoint.pt", state | {"step": step + 1})
+            with atomic_path(out / "checkpoint.pt") as temporary:
+                torch.save(state | {"step": step + 1}, temporary)
             z = sample_noise("pictures", 0, range(40), (1, 28, 28)).to(device)
             digits = heun_sample(
                 learner.average.eval(), z, torch.arange(10, device=device).repeat(4)

@@ -15,7 +15,6 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -32,7 +31,6 @@ from plumbing.options import UserError
 
 SIZE = 256  # pixels along each side, for every figure
 CLIP = ("ViT-g-14", "laion2b_s12b_b42k")  # model and weights of OpenCLIP
-IMAGES = (".png", ".jpg", ".jpeg")
 
 
 def picture(folder: Path, k: int) -> Path:
@@ -43,11 +41,8 @@ def picture(folder: Path, k: int) -> Path:
 def draw_missing(
     folder: Path, count: int, draw: Callable[[list[int]], Tensor], batch_size: int, ranks: Ranks
 ) -> None:
-    """Draw the pictures 0 .. count - 1 that are not there yet; the ranks share them.
-
-    Args:
-        draw: numbers k -> images (B, 3, H, W) in about [-1, 1]: each a function of its k alone.
-    """
+    """Draw the pictures 0 .. count - 1 that are not there yet; the ranks share them. `draw` turns
+    numbers k into images (B, 3, H, W) in about [-1, 1], each a function of its k alone."""
     missing = [k for k in range(count) if not picture(folder, k).exists()]
     ranks.barrier()  # all have looked before the first one is written
     mine = missing[ranks.rank :: ranks.count]
@@ -67,7 +62,8 @@ def draw_missing(
 
 def preview(folder: Path, count: int) -> Path:
     """A grid of the first pictures, beside their folder -> its file."""
-    images = [square(read_pixels(picture(folder, k))) for k in range(min(count, 25))]
+    files = [picture(folder, k) for k in range(min(count, 25))]
+    images = [square(np.asarray(Image.open(file))) for file in files]
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
     save_grid(folder.with_suffix(".png"), batch, columns=5)
     return folder.with_suffix(".png")
@@ -92,12 +88,6 @@ def square(pixels: np.ndarray) -> np.ndarray:
     return np.asarray(image.crop(box).resize((SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
-def read_pixels(path: Path) -> np.ndarray:
-    """An image file -> uint8 (H, W, 3)."""
-    with one_line_errors(path), Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
 def optional(module: str, package: str) -> ModuleType:
     """An optional package's module."""
     try:
@@ -106,25 +96,11 @@ def optional(module: str, package: str) -> ModuleType:
         raise UserError(f"this needs another package: pip install {package} ({error})") from None
 
 
-def check_real(folder: Path) -> None:
-    """Raise UserError unless there are images to compare with."""
-    images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
-    if len(list(islice(images, 2))) < 2:
-        raise UserError(f"{folder} holds no two PNG or JPEG images; give real ones to --reference")
-
-
-def folder_fid(
-    drawn: Path, real: Path, device: torch.device, network: Callable | None = None
-) -> float:
-    """FID between two folders of images.
-
-    Args:
-        network: float32 (B, 3, 299, 299) in 0 .. 255 -> features (B, D); None: Inception, which
-            clean-fid downloads.
-    """
+def folder_fid(drawn: Path, real: Path, device: torch.device) -> float:
+    """FID between two folders of images, by the Inception that clean-fid downloads."""
     fid = optional("cleanfid.fid", "clean-fid")
     try:
-        network = network or fid.build_feature_extractor("clean", device, use_dataparallel=False)
+        network = fid.build_feature_extractor("clean", device, use_dataparallel=False)
     except Exception as error:  # whatever a download may raise
         raise UserError(one_line(f"clean-fid cannot load its Inception ({error})")) from None
     with one_line_errors(real):
@@ -136,23 +112,15 @@ def folder_fid(
         )  # fmt: skip
 
 
-def clip_score(
-    drawn: Path, captions: Sequence[str], device: torch.device, clip: tuple | None = None
-) -> float:
-    """Mean cosine between pictures and captions, picture k belonging to caption k.
-
-    Args:
-        clip: model, preprocessing and tokenizer as OpenCLIP has them; None: ViT-g-14, downloaded.
-    """
-    open_clip = None if clip else optional("open_clip", "open_clip_torch")
-    if open_clip:
-        model, _, preprocess = open_clip.create_model_and_transforms(*CLIP, device=device)
-        clip = model.eval(), preprocess, open_clip.get_tokenizer(CLIP[0])
-    (model, preprocess, tokenize), total = clip, 0.0
+def clip_score(drawn: Path, captions: Sequence[str], device: torch.device) -> float:
+    """Mean cosine between pictures and captions, picture k belonging to caption k."""
+    open_clip, total = optional("open_clip", "open_clip_torch"), 0.0
+    model, _, preprocess = open_clip.create_model_and_transforms(*CLIP, device=device)
+    model, tokenize = model.eval(), open_clip.get_tokenizer(CLIP[0])
     for start in tqdm(range(0, len(captions), 32), desc="CLIP score"):
         texts = [f"A photo depicts {caption}" for caption in captions[start : start + 32]]
         files = [picture(drawn, k) for k in range(start, start + len(texts))]
-        squares = [Image.fromarray(square(read_pixels(file))) for file in files]
+        squares = [Image.fromarray(square(np.asarray(Image.open(file)))) for file in files]
         images = torch.stack([preprocess(each) for each in squares])
         with torch.inference_mode():
             of_images = model.encode_image(images.to(device))

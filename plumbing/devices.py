@@ -78,17 +78,11 @@ def share(n: int, part: int, parts: int) -> range:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that do one job together.
+    """This process among those that do one job together."""
 
-    Attributes:
-        rank: its number, 0 .. count-1.
-        count: how many there are.
-        device: the device it works on.
-    """
-
-    rank: int
-    count: int
-    device: torch.device
+    rank: int  # its number, 0 .. count-1
+    count: int  # how many there are
+    device: torch.device  # where it works
 
     def share(self, n: int) -> range:
         """This rank's part of 0 .. n-1: consecutive, and equal for all ranks if count divides n."""
@@ -117,18 +111,13 @@ class Ranks:
                 dist.all_reduce(x)
         return x
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over all ranks of a float tensor of equal shape, on every rank."""
-        return self.sum(x) / self.count
-
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. (A CPU tensor: the GPU need not be waited for.)"""
-        return self.mean(torch.tensor(float(flag), dtype=torch.float64)).item() > 0
+        return self.sum(torch.tensor(int(flag))).item() > 0
 
     def agree(self, number: int) -> bool:
-        """Whether all ranks have this number. (On the CPU: a GPU's x / 7 may be off by a bit.)"""
-        mean = self.mean(torch.tensor(float(number), dtype=torch.float64)).item()
-        return not self.any(number != mean)
+        """Whether all ranks have this number."""
+        return not self.any(self.sum(torch.tensor(int(number))).item() != number * self.count)
 
 
 @contextlib.contextmanager
@@ -145,11 +134,8 @@ def others_alive() -> Iterator[None]:
 
 
 def join_ranks(device: str) -> Ranks:
-    """Find out from torchrun's environment who this process is, and meet the others.
-
-    Args:
-        device: as for pick_device; with several ranks "auto" and "cuda" are each rank's own GPU.
-    """
+    """Find out from torchrun's environment who this process is, and meet the others. The device is
+    as for pick_device; with several ranks "auto" and "cuda" are each rank's own GPU."""
     count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if count == 1:
         return Ranks(0, 1, pick_device(device))

@@ -56,12 +56,9 @@ def seeded_inputs(
 
 
 def inception(weights: str | Path | None, device: torch.device | str) -> nn.Module:
-    """The network, in eval mode: uint8 (B, 3, H, W) -> one-tuple of features (B, 2048) float32.
-
-    Args:
-        weights: a state dict of torch.save; None for the published one, from torch hub's folder
-            or else downloaded into it (by one process: among ranks let the first go ahead).
-    """
+    """The network, in eval mode: uint8 (B, 3, H, W) -> one-tuple of features (B, 2048) float32. Its
+    weights are a state dict of torch.save; None: the published one, from torch hub's folder or else
+    downloaded into it (by one process: among ranks let the first go ahead)."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     path = Path(weights or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_FILE}")
@@ -85,14 +82,9 @@ def inception(weights: str | Path | None, device: torch.device | str) -> nn.Modu
 def feature_statistics(
     batches: Iterable[Tensor], network: Callable, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D) of the features of all ranks' images, float64, on the CPU.
-
-    Made of sums, so that neither batches nor ranks matter. float64 bears their cancellation.
-
-    Args:
-        batches: this rank's images, uint8 RGB (B, 3, H, W) of any size.
-        network: of `inception`, D = 2048.
-    """
+    """Mean (D,) and covariance (D, D) of the features of all ranks' images, float64, on the CPU;
+    batches are this rank's, uint8 RGB (B, 3, H, W). Made of sums, whose cancellation float64 bears.
+    The network is `inception`'s, D = 2048."""
     count = torch.zeros((), dtype=torch.float64, device=ranks.device)
     total = torch.zeros(FEATURES, dtype=torch.float64, device=ranks.device)
     outer = torch.zeros(FEATURES, FEATURES, dtype=torch.float64, device=ranks.device)
@@ -155,13 +147,18 @@ def read_reference(
     return tensors["mu"].double(), tensors["sigma"].double()
 
 
-def read_images(folder: Path, batch_size: int, ranks: Ranks, size: int = 0) -> Iterator[Tensor]:
-    """This rank's share of the PNG and JPEG images in a folder and the folders in it, batch by
-    batch: uint8 (B, 3, H, W)."""
+def list_images(folder: Path) -> list[Path]:
+    """The PNG and JPEG files in a folder and the folders in it."""
     suffixes = (".png", ".jpg", ".jpeg")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     if len(files) < 2:
         raise UserError(f"{folder} holds {len(files)} PNG or JPEG images; FID needs at least 2")
+    return files
+
+
+def read_images(folder: Path, batch_size: int, ranks: Ranks, size: int = 0) -> Iterator[Tensor]:
+    """This rank's share of a folder's images, batch by batch: uint8 (B, 3, H, W)."""
+    files = list_images(folder)
     shape = torch.Size((3, size, size)) if size else read_image(files[0]).shape
     share = ranks.share(len(files))
     for start in tqdm(range(0, len(share), batch_size), desc=folder.name, disable=ranks.rank > 0):
@@ -178,7 +175,4 @@ def read_images(folder: Path, batch_size: int, ranks: Ranks, size: int = 0) -> I
 def read_image(path: Path) -> Tensor:
     """A PNG or JPEG file -> uint8 (3, H, W)."""
     with one_line_errors(path), Image.open(path, formats=("PNG", "JPEG")) as image:
-        mode, pixels = image.mode, np.array(image)
-    if mode != "RGB":
-        raise UserError(f"{path} is not an RGB image (its mode is {mode}); convert or remove it")
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

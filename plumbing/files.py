@@ -52,12 +52,6 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def write_torch(path: Path, value) -> None:
-    """Write with torch.save, atomically."""
-    with atomic_path(path) as temporary:
-        torch.save(value, temporary)
-
-
 def write_json(path: Path, value) -> None:
     """Write a JSON file atomically."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -103,12 +97,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> None:
-    """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, as one PNG, row by row, on light grey.
-
-    Args:
-        scale: whole-number magnification, for small images.
-        gap: pixels between the images.
-    """
+    """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, as one PNG, row by row, on light grey, with
+    a gap of so many pixels between them, and then magnified by a whole number."""
     from torchvision.utils import make_grid  # slow to import
 
     grid = make_grid(to_uint8(images.detach().cpu()), columns, gap, pad_value=200)
@@ -123,22 +113,10 @@ def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int
 # Reading
 
 
-def holds_files(folder: Path, but: str = "") -> bool:
-    """Whether there is anything at `folder` beside `but` and hidden files, which a killed write
-    leaves."""
-    if not folder.is_dir():
-        return folder.exists()
-    return any(not path.name.startswith(".") and path.name != but for path in folder.iterdir())
-
-
 def read_json(path: Path) -> dict:
     """Read a JSON file that holds an object."""
-    try:
+    with one_line_errors(path):
         return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); delete it and rerun") from None
 
 
 @contextlib.contextmanager

@@ -138,17 +138,13 @@ def run_script(main: Callable, make: Callable, doc: str, flags: str | None = Non
         main(parse(make, doc, flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
+        said = str(error).splitlines()[0]
+        if not isinstance(error, UserError):
+            how = "--batch-size (train.py: raise --accumulate, which keeps the batch)"
+            said = f"the GPU's memory is full ({said}); lower {how}"
         rank = os.environ.get("RANK", "0")  # of several processes, see devices.py
-        print(f"error: {error}" + ("" if rank == "0" else f" (rank {rank})"), file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        print(
-            f"error: the GPU's memory is full ({reason}); lower --batch-size (train.py: raise "
-            "--accumulate, which keeps the batch)",
-            file=sys.stderr,
-        )
+        print(f"error: {said}" + ("" if rank == "0" else f" (rank {rank})"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

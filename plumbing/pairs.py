@@ -59,10 +59,8 @@ def uniform(draws: np.random.Generator, *shape: int) -> Tensor:
 
 
 def sample_noise(stream: str, seed: int, indices: Iterable[int], shape: tuple[int, ...]) -> Tensor:
-    """z of samples k in indices -> (len, *shape): row k is a function of (stream, seed, k) alone.
-
-    So sample k is the same whatever the batch size, the number of processes or the device.
-    """
+    """z of samples k in indices -> (len, *shape): row k is a function of (stream, seed, k) alone,
+    whatever the batch size, the number of processes or the device."""
     return torch.stack([normal(generator(stream, seed, row=k), *shape) for k in indices])
 
 

@@ -1,13 +1,11 @@
 """What a run leaves on disk, how it goes on from there, and how it is interrupted.
 
-    config.json                what decides the result; another run's folder is left alone
-    log.csv, curves.png        SCALARS of every step
-    samples_STEP.png           pictures; at the end training.gif, a film of them
-    generator.safetensors      G, with all it takes to build it again; of Stable Diffusion also
-                               unet/, which diffusers opens
-    checkpoint.pt              everything needed to go on; tensors and plain numbers only
-
-Every file is written under another name and renamed, so whatever happens the last one is whole.
+config.json                what decides the result; another run's folder is left alone
+log.csv, curves.png        SCALARS of every step
+samples_STEP.png           pictures; at the end training.gif, a film of them
+generator.safetensors      G, with all it takes to build it again; of Stable Diffusion also
+                           unet/, which diffusers opens
+checkpoint.pt              everything needed to go on; tensors and plain numbers only
 """
 
 import csv
@@ -28,7 +26,6 @@ from tqdm import tqdm
 from plumbing.devices import Ranks
 from plumbing.files import (
     atomic_path,
-    holds_files,
     read_json,
     save_grid,
     write_csv,
@@ -36,7 +33,6 @@ from plumbing.files import (
     write_film,
     write_json,
     write_tensors,
-    write_torch,
 )
 from plumbing.options import UserError
 
@@ -48,20 +44,17 @@ SHOW_EVERY = 10
 
 def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...] = ()) -> None:
     """Write `settings`, all that decides what the folder will hold, to its file `name`; or check
-    that what it holds was made with just these.
-
-    Args:
-        may_grow: settings that may be larger now than they were.
-    """
+    that what it holds was made with just these (those of `may_grow` may be larger now)."""
     settings = json.loads(json.dumps(settings))
     found = read_json(out / name) if (out / name).exists() else {}
     # A setting that did not exist when the work began has not changed.
     changed = sorted(k for k in settings if found.get(k, settings[k]) != settings[k])
     grown = all(k in may_grow and settings[k] > found[k] for k in changed)
+    held = {path.name for path in out.glob("[!.]*")}  # hidden ones are what a killed write left
     if not found.keys() & settings.keys():
-        if holds_files(out):
+        if held:
             raise UserError(f"{out} holds other files; choose another --out")
-    elif not grown and holds_files(out, but=name):
+    elif not grown and held > {name}:
         raise UserError(
             f"what {out} holds was made with another {', '.join(changed)}; "
             "choose another --out or delete the folder"
@@ -98,20 +91,15 @@ def save_run(
     generator: tuple[dict[str, Tensor], dict[str, str]],
     keep: int,
 ) -> None:
-    """Write log, curves, generator and checkpoint, each atomically.
-
-    Args:
-        step: number of steps done.
-        rows: of the log.
-        state: what load_checkpoint needs, and "step".
-        generator: its tensors, and what the file says of them.
-        keep: if several, that many checkpoints also stay under the names of their steps.
-    """
+    """Write log, curves, generator (tensors, and what the file says of them), and as checkpoint the
+    state that load_checkpoint needs, with "step", the number of steps done. If `keep` is above 1,
+    that many checkpoints also stay under the names of their steps."""
     write_csv(out / "log.csv", rows)
     draw_curves(out / "curves.png", rows)
     write_tensors(out / "generator.safetensors", *generator, format="pt")
     # Last: what is not in the checkpoint is written again by whoever goes on from it.
-    write_torch(out / "checkpoint.pt", state)
+    with atomic_path(out / "checkpoint.pt") as temporary:
+        torch.save(state, temporary)
     if keep > 1:
         keep_copies(out, step, keep)
 
@@ -133,12 +121,8 @@ def save_film(out: Path) -> None:
 
 
 def save_unet_folder(out: Path, config: dict) -> None:
-    """unet/: what diffusers' UNet2DConditionModel.from_pretrained opens. Its weights are a link to
-    generator.safetensors.
-
-    Args:
-        config: the UNet's, under diffusers' names.
-    """
+    """unet/: what diffusers' UNet2DConditionModel.from_pretrained opens: the config, under
+    diffusers' names, and generator.safetensors, by a link."""
     write_json(out / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **config})
     link = out / "unet" / "diffusion_pytorch_model.safetensors"
     if not link.is_symlink():
@@ -209,7 +193,8 @@ class Log:
         if not self.waiting:
             return self.rows
         steps, scalars, rates = zip(*self.waiting, strict=True)
-        means, now = self.ranks.mean(torch.stack(scalars)).tolist(), time.perf_counter()
+        means = (self.ranks.sum(torch.stack(scalars)) / self.ranks.count).tolist()
+        now = time.perf_counter()
         images_per_s = f"{len(steps) * self.images / (now - self.clock):.1f}"
         for step, values, rate in zip(steps, means, rates, strict=True):
             self.check(step, values)

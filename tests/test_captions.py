@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,21 +73,22 @@ def test_pictures_are_rounded_down_shared_and_not_drawn_twice(tmp_path, monkeypa
     assert (np.asarray(Image.open(captions.picture(tmp_path / "x", 0))) == 255).all()
 
 
-def test_fid_of_two_folders_is_clean_fids(tmp_path):
+def test_fid_of_two_folders_is_clean_fids(tmp_path, monkeypatch):
     """Of images of one colour each, with the colours as features: Frechet's distance of those."""
-    pytest.importorskip("cleanfid", reason="clean-fid is an optional package")
+    fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is an optional package")
+    monkeypatch.setattr(fid, "build_feature_extractor", lambda *_, **__: lambda x: x.mean((2, 3)))
     draws = np.random.default_rng(0)
     one, two = draws.integers(0, 256, (2, 12, 3))
     folders = constant(tmp_path / "one", one), constant(tmp_path / "two", two)
-    found = captions.folder_fid(*folders, CPU, network=lambda x: x.mean((2, 3)))
+    found = captions.folder_fid(*folders, CPU)
     both = [mean_and_covariance(torch.from_numpy(colours)) for colours in (one, two)]
     assert found == pytest.approx(frechet_distance(*both[0], *both[1]), rel=1e-4)
 
 
-def test_clip_score_is_the_mean_cosine(tmp_path):
+def test_clip_score_is_the_mean_cosine(tmp_path, monkeypatch):
     """A model whose features of an image are its mean colour, and of a text three numbers."""
 
-    class Model:
+    class Model(torch.nn.Module):
         def encode_image(self, images):
             assert images.shape[1:] == (3, 256, 256)
             return images.mean((2, 3))
@@ -106,7 +108,16 @@ def test_clip_score_is_the_mean_cosine(tmp_path):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
     folder = constant(tmp_path / "images", colours)
-    found = captions.clip_score(folder, texts, CPU, clip=(Model(), preprocess, tokenize))
+
+    def create(name, weights, device):
+        assert (name, weights, device) == (*captions.CLIP, CPU)
+        return Model(), None, preprocess
+
+    open_clip = SimpleNamespace(
+        create_model_and_transforms=create, get_tokenizer={captions.CLIP[0]: tokenize}.get
+    )
+    monkeypatch.setitem(sys.modules, "open_clip", open_clip)
+    found = captions.clip_score(folder, texts, CPU)
     assert said == [f"A photo depicts {text}" for text in texts]
     assert found == pytest.approx((1 + 0 + (30 * 4 + 40 * 3) / 250) / 3, abs=1e-6)
 
@@ -171,9 +182,9 @@ def test_mistakes_with_captions(small, tmp_path, run_here):
             evaluate.main(evaluate.Config(**small | options))
 
     refused("holds 5 captions, not 6", samples=6)
-    refused("no two PNG or JPEG images", reference="nowhere")
+    refused("holds 0 PNG or JPEG images", reference="nowhere")
     (tmp_path / "empty").mkdir()
-    refused("no two PNG or JPEG images", reference="empty")
+    refused("holds 0 PNG or JPEG images", reference="empty")
     refused("--inception is not for captions", inception="x.pth")
     refused("not untrained", rows=("untrained",))
     refused("give a file of --captions", captions=None)

@@ -290,9 +290,7 @@ def test_bad_folders(tmp_path):
     fails("holds 1 PNG or JPEG")
     Image.new("RGB", (8, 9)).save(folder / "b.JPG")
     fails(r"b.JPG is \(3, 9, 8\) instead of \(3, 8, 8\)")
-    picture.convert("L").save(folder / "b.JPG")
-    fails("b.JPG is not an RGB image .*L")
     (folder / "b.JPG").write_bytes((folder / "a.png").read_bytes()[:40])
     fails("b.JPG is damaged")
-    picture.save(folder / "b.JPG")
+    picture.convert("L").save(folder / "b.JPG")  # grey
     assert [images.shape for images in fid.read_images(folder, 4, ALONE)] == [(2, 3, 8, 8)]

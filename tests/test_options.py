@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from plumbing.devices import autocast, others_alive, pick_amp, pick_device, share
 from plumbing.files import (
     atomic_path,
-    holds_files,
     read_header,
     read_tensors,
     save_grid,
@@ -23,6 +22,7 @@ from plumbing.files import (
 )
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import STREAMS, generator, normal
+from plumbing.rundir import claim_folder
 from workloads import WORKLOADS
 
 
@@ -43,10 +43,15 @@ def test_what_a_killed_write_left_is_overwritten(tmp_path):
         left.write_bytes(b"")
     path.unlink()
     (tmp_path / name).write_bytes(b"half of a much longer file")
-    assert not holds_files(tmp_path)
+    claim_folder(tmp_path, "meta.json", {"a": 1})
+    claim_folder(tmp_path, "meta.json", {"a": 2})  # nothing is there that was made with 1
     write_bytes(path, b"new")
-    assert os.listdir(tmp_path) == ["file"] and path.read_bytes() == b"new"
-    assert holds_files(tmp_path) and holds_files(path) and not holds_files(tmp_path / "none")
+    assert sorted(os.listdir(tmp_path)) == ["file", "meta.json"] and path.read_bytes() == b"new"
+    with pytest.raises(UserError, match="another a;"):
+        claim_folder(tmp_path, "meta.json", {"a": 1})
+    (tmp_path / "meta.json").unlink()
+    with pytest.raises(UserError, match="holds other files"):
+        claim_folder(tmp_path, "meta.json", {"a": 1})
 
 
 def test_equal_tensors_are_equal_files(tmp_path):

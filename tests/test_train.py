@@ -634,7 +634,7 @@ def test_pairs_that_cannot_be_used(pairs, tmp_path):
             start(folder)
 
     (folder / "meta.json").write_text('{"dataset": "mn')
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="is damaged"):
         start(folder)
     assert not (tmp_path / "run").exists()
 
