@@ -35,9 +35,7 @@ class Config(Options):
     """Where an option is None, the generator's workload decides."""
 
     checkpoint: str | None = option(
-        None,
-        "a run folder, a generator's file (others' too), https://... or hf://owner/repo/file "
-        "(default: the newest run's, else the shipped one)",
+        None, "a run folder, a file, https://... or hf://... (default: the last run, or what ships)"
     )
     prompt: tuple[str, ...] = option((), "sd15: one or several, cycled over the images")
     labels: str | None = option(None, "classes, cycled over the images: 7 or 0-9 (default: all)")
@@ -45,13 +43,11 @@ class Config(Options):
     out: str = option("samples.png", "a .png for one grid, or a folder for one file per image")
     columns: int = option(10, "images per row of the grid", least=1)
     teacher: bool = option(False, "put the teacher's result above each image, and time both")
-    teacher_weights: str | None = option(
-        None, "default: the dataset's own; of sd15 its text encoder and decoder serve G too"
-    )
+    teacher_weights: str | None = option(None, "default: the dataset's own; sd15: G needs them too")
     guidance: float | None = option(None, "sd15: of the teacher (default: the dataset's)", above=0)
     steps: int | None = option(None, "of the teacher's solver (default: the dataset's)", least=1)
     decoder: str = option("full", "sd15: decoder of the images", ("tiny", "full"))
-    amp: str = option("auto", "half precision; auto: for sd15 on a GPU", AMP)
+    amp: str | None = option(None, "half precision (default: for sd15 on a GPU)", AMP)
     batch_size: int | None = option(None, "images at a time (default: 100; sd15: 4)", least=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
 
@@ -74,13 +70,10 @@ def main(config: Config) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     workload = get_workload(metadata["dataset"], **given)
     latent = workload.latent
-    auto = pick_amp("auto", device, workload.half) if latent else "off"
-    amp = auto if config.amp == "auto" else config.amp
+    amp = pick_amp(config.amp or workload.solver_amp, device, workload.half)
 
     # Image i: noise of seed i, label or prompt i of the cycle.
     seeds = parse_numbers(config.seeds or ("0-3" if latent else "0-99"), "seeds")
-    if not Path(config.out).suffix and len(set(seeds)) < len(seeds):
-        raise UserError("--seeds names a seed twice, but in a folder each seed is one file")
     classes = 0 if latent else G.mu.net.label_dim
     cond = choose_condition(config, workload, classes, len(seeds), device)
     z = sample_noise("samples", 0, seeds, G.mu.net.image_shape)

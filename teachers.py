@@ -155,20 +155,13 @@ def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
             record["sha256"] = file_hash(find_weights("unet", source)[0])
         return SDTeacher(sd, record, workload.guidance, workload.decoder)
     if not source:
-        raise UserError(
-            "give the file of your network: --teacher FILE, of sample.py and evaluate.py "
-            "--teacher-weights FILE"
-        )
+        raise UserError("give the file of your network: --teacher FILE, or --teacher-weights FILE")
     path = fetch(source)
     net = load_edm(path, ARCHITECTURES)
-    takes = given = images_of(net.kwargs)
-    if workload.network:
-        given = images_of(workload.network)
-    if takes != given:
-        raise UserError(
-            f"{path} is a network for {takes}, but {workload.dataset} is {given}; "
-            "any network may be distilled with --dataset edm"
-        )
+    found, wanted = (images_of(network) for network in (net.kwargs, workload.network or net.kwargs))
+    if found != wanted:
+        what = f"{path} makes {found}, but {workload.dataset} is {wanted}"
+        raise UserError(f"{what}; any network may be distilled with --dataset edm")
     return EDMTeacher(net, {"name": path.name, "sha256": file_hash(path)})
 
 

@@ -20,13 +20,12 @@ Device: CPU, about 20 seconds. It prints how the samples spread, and last:
     wrote figure3.png
 """
 
+import io
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -75,9 +74,7 @@ class Config(Options):
     out: str = option("figure3.png", "file of the picture")
     film: str | None = option(None, "file of a film of the training, a .gif")
     steps: int = option(3000, "training steps per panel", least=1)
-    max_step: int = option(
-        260, "T_max of Eq. 7, of 1000 noise levels (the paper: 980)", least=T_MIN + 1, most=T
-    )
+    max_step: int = option(260, "T_max of Eq. 7 (the paper: 980)", least=T_MIN + 1, most=T)
     seed: int = option(0, "seed of everything random", least=0)
 
 
@@ -167,19 +164,15 @@ def make_pairs(mu_real: EDMDenoiser, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def train_panel(
-    panel: str,
-    config: Config,
-    mu_real: EDMDenoiser,
-    pairs: tuple[Tensor, Tensor],
-    watch: Callable[[int, Generator, EDMDenoiser], None] = lambda step, G, mu_fake: None,
-) -> Generator:
-    """Algorithm 1, to be read beside train.training_step: train and return G, for one of PANELS.
-    Before every step, and at the end, somebody may `watch`."""
+    panel: str, config: Config, mu_real: EDMDenoiser, pairs: tuple[Tensor, Tensor]
+) -> Iterator[tuple[Generator, EDMDenoiser]]:
+    """Algorithm 1, to be read beside train.training_step: train G, for one of PANELS. Yields G and
+    mu_fake before every step, and at the end."""
     use_fake_score, lambda_reg = PANELS[panel]
     G, mu_fake = start(config.seed)
     learner_G, learner_fake = (torch.optim.Adam(network.parameters()) for network in (G, mu_fake))
     for step in tqdm(range(config.steps), desc=panel):
-        watch(step, G, mu_fake)
+        yield G, mu_fake
 
         # 1. Sample z ~ N(0, I), and pairs (z_ref, y_ref) ~ D.
         draws = generator("toy", config.seed, step)
@@ -206,8 +199,7 @@ def train_panel(
 
         # 5. Step mu_fake.
         take_step(learner_fake, LEARNING_RATE_FAKE, step, config.steps)
-    watch(config.steps, G, mu_fake)
-    return G
+    yield G, mu_fake
 
 
 def take_step(learner: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
@@ -243,14 +235,17 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return share, spread
 
 
-def draw_panels(figure, panels: dict[str, Tensor]) -> list:
-    """Each panel's samples, (B, 2, 1, 1), over real ones and their density -> the panels' axes."""
+def draw_panels(panels: dict[str, Tensor], width: float, height: float):
+    """Each panel's samples, (B, 2, 1, 1), over real ones and their density -> a figure."""
+    from matplotlib.figure import Figure  # late, see options.py
+
     real = MODES.repeat(700, 1) + STD * sample_noise("pictures", 0, range(1400), (2,))
     x, y = torch.linspace(-0.9, 0.9, 181), torch.linspace(-0.4, 0.4, 81)
     distance = torch.cdist(torch.cartesian_prod(x, y), MODES).reshape(181, 81, 2)
     density = (-((distance / STD) ** 2) / 2).exp().sum(dim=2).T
     levels = [math.exp(-(k**2) / 2) for k in (3, 2, 1)]  # k standard deviations from a mode
 
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (title, samples) in zip(axes, panels.items(), strict=True):
         axis.scatter(*real.T, s=2, color="#9ecae1", label="real")
@@ -260,58 +255,39 @@ def draw_panels(figure, panels: dict[str, Tensor]) -> list:
         axis.set(title=title, xlabel=f"near mode {near:.0%}, far mode {far:.0%}")
         axis.set(xlim=(-0.9, 0.9), ylim=(-0.4, 0.4), aspect="equal", xticks=[], yticks=[])
     axes[0].legend(loc="lower center", ncols=2, markerscale=4, frameon=False)
-    return list(axes)
-
-
-class Frame(NamedTuple):
-    """What a film shows of a panel at one moment."""
-
-    samples: Tensor  # (n, 2, 1, 1)
-    real: Tensor  # of the first ARROWS samples, (ARROWS, 2, 1, 1): sigma_t^2 s_real, the way from
-    fake: Tensor  # x_t = x to what mu_real makes of it; and sigma_t^2 s_fake
+    return figure
 
 
 @torch.no_grad()
-def look(G: Generator, mu_real: EDMDenoiser, mu_fake: EDMDenoiser, seed: int) -> Frame:
-    """The samples and both scores at noise level FILM_T, as they are now."""
-    samples = generate(G, seed, 1400)
+def look(
+    panel: str, G: Generator, mu_real: EDMDenoiser, mu_fake: EDMDenoiser, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the film shows of this moment -> samples (1400, 2, 1, 1); of the first ARROWS, taken as
+    x_t at FILM_T, sigma_t^2 s_real, the way to what mu_real makes of x_t, and sigma_t^2 s_fake."""
+    samples, (use_fake_score, _) = generate(G, seed, 1400), PANELS[panel]
     x, t = samples[:ARROWS], torch.full((ARROWS,), FILM_T)
-    return Frame(samples, mu_real(x, t) - x, mu_fake(x, t) - x)
+    return samples, mu_real(x, t) - x, (mu_fake(x, t) - x) * use_fake_score
 
 
-def draw(path: Path, panels: dict[str, Tensor]) -> None:
-    """The figure."""
-    from matplotlib.figure import Figure  # late, see options.py
-
-    figure = Figure(figsize=(14, 2.2), layout="constrained")
-    draw_panels(figure, panels)
-    write_figure(path, figure)
-
-
-def draw_film(path: Path, films: dict[str, list[Frame]], moments: list[int]) -> None:
+def draw_film(path: Path, films: dict[str, list[tuple]], moments: list[int]) -> None:
     """The figure at several moments. Arrows: blue the real score, which pulls towards real data,
     brown the fake one turned round, which pushes the samples apart, black their sum: -Eq. 7."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # late, see options.py
-    from matplotlib.figure import Figure
-
     pictures = []
     for k, step in enumerate(tqdm(moments, desc="film")):
-        figure = Figure(figsize=(12, 2.4), dpi=80, layout="constrained")
-        axes = draw_panels(figure, {panel: film[k].samples for panel, film in films.items()})
-        for axis, (panel, film) in zip(axes, films.items(), strict=True):
-            use_fake_score, _ = PANELS[panel]
-            real, fake = film[k].real, film[k].fake * use_fake_score
-            at = film[k].samples[:ARROWS].flatten(1).T
+        figure = draw_panels({panel: film[k][0] for panel, film in films.items()}, 12, 2.4)
+        for axis, film in zip(figure.axes, films.values(), strict=True):
+            samples, real, fake = film[k]
+            at = samples[:ARROWS].flatten(1).T
             for arrows, colour, width in (
                 (real, "#08519c", 0.004), (-fake, "#7f2704", 0.004), (real - fake, "black", 0.006),
             ):  # fmt: skip
                 how = {"angles": "xy", "scale_units": "xy", "scale": 1, "zorder": 3}
                 axis.quiver(*at, *arrows.flatten(1).T, color=colour, width=width, **how)
         figure.suptitle(f"step {step}", x=0.005, ha="left")
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
-    write_film(path, [picture.quantize(48) for picture in pictures])
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=80)
+        pictures.append(Image.open(picture).convert("RGB").quantize(48))
+    write_film(path, pictures)
 
 
 def main(config: Config) -> None:
@@ -323,12 +299,9 @@ def main(config: Config) -> None:
     moments = sorted({round(config.steps * (k / 59) ** 2) for k in range(60)})
     films = {panel: [] for panel in PANELS}
     for panel, film in films.items():
-
-        def watch(step: int, G: Generator, mu_fake: EDMDenoiser, film: list = film) -> None:
+        for step, (G, mu_fake) in enumerate(train_panel(panel, config, mu_real, pairs)):
             if config.film and step in moments:
-                film.append(look(G, mu_real, mu_fake, config.seed))
-
-        G = train_panel(panel, config, mu_real, pairs, watch)
+                film.append(look(panel, G, mu_real, mu_fake, config.seed))
         samples[panel] = generate(G, config.seed)
 
     print(f"{'':26} mode    share  spread x  spread y  (1 = the mode's own)")
@@ -338,7 +311,7 @@ def main(config: Config) -> None:
             row = f"{panel:26} {name:4} {share[mode]:8.1%}"
             print(row + "".join(f"{s:10.2f}" for s in spread[mode]).replace("nan", "  -"))
 
-    draw(Path(config.out), samples)
+    write_figure(Path(config.out), draw_panels(samples, 14, 2.2))
     if config.film:
         draw_film(Path(config.film), films, moments)
         print(f"wrote {config.film}")

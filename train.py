@@ -89,11 +89,14 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
     """Line 1 of Algorithm 1: G and mu_fake start as copies of the teacher."""
     for step in (0, *(end for end, _ in config.phases)):
         split_batch(config.at(step), ranks)  # or an error, before anything is loaded
-    pairs = open_pairs(config, step=0)
+    first = config.at(0).num_pairs if config.phases else None  # of the pairs, see begin_phase
+    pairs = Pairs(Path(config.pairs), config.dataset, first)
     amp, guidance = pick_amp(config.amp, ranks.device, config.half), pairs.meta["guidance"]
     config = replace(config, amp=amp, guidance=guidance)  # Section 3.4: one scale for both losses
     with ranks.first_goes_first():
-        teacher, distance = load_teacher(config), choose_distance(config, ranks.device)
+        teacher, distance = load_teacher(config), l2_distance  # the distance of Eq. 9
+        if config.distance == "lpips" and config.lambda_reg:
+            distance = partial(lpips_distance, load_lpips(ranks.device))
     pairs.check_teacher(teacher.record)
     if ranks.rank == 0:
         meta = {k: v for k, v in pairs.meta.items() if not (config.phases and k == "num_pairs")}
@@ -131,31 +134,16 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
     return Run(config, ranks, Signals(ranks), teacher, pairs, distance, *learners)
 
 
-def open_pairs(config: Workload, step: int) -> Pairs:
-    """All pairs; where Table 5's phases say how many, those that step k may draw."""
-    first = config.at(step).num_pairs if config.phases else None
-    return Pairs(Path(config.pairs), config.dataset, first)
-
-
 def begin_phase(run: Run, step: int) -> int:
-    """Get ready for the settings that hold from this step on -> images per step.
-
-    The pairs are looked at anew, since more may have been made.
-    """
+    """Get ready for the settings that hold from this step on -> images per step. Table 5's phases
+    say how many pairs a step may draw from; they are looked at anew, since more may be there."""
     config = run.config.at(step)
     if config.phases:
-        run.pairs = open_pairs(config, step)
+        run.pairs = Pairs(Path(config.pairs), config.dataset, config.num_pairs)
         changed = next(values for end, values in config.phases if step < end)
         if run.ranks.rank == 0:
             tqdm.write(f"from step {step + 1} on: {changed or 'the settings of config.json'}")
     return config.batch_size if config.lambda_dm else config.batch_size_ref
-
-
-def choose_distance(config: Workload, device: torch.device) -> Callable:
-    """The distance of Eq. 9: LPIPS, or L2 (appendix I)."""
-    if config.distance == "l2" or config.lambda_reg == 0:
-        return l2_distance
-    return partial(lpips_distance, load_lpips(device))
 
 
 def lambda_reg(config: Workload, step: int) -> float:

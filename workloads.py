@@ -31,78 +31,50 @@ class Workload(Options):
     `free` marks what a run may be resumed with: it does not change the result, or it is fixed."""
 
     # What is distilled.
-    dataset: str = option(
-        MISSING, "mnist, cifar10, cifar10-uncond, imagenet64, edm, sd15, sd15-guidance8"
-    )
+    dataset: str = option(MISSING, "mnist, cifar10(-uncond), imagenet64, edm, sd15(-guidance8)")
     # EDMPrecond's arguments; of sd15 the image's; empty: those of the teacher's file
     network: dict = field(metadata={"free": True})
-    teacher: str = option(
-        MISSING, "teacher weights: a file or an address; sd15: a folder or a Hub repository"
-    )
+    teacher: str = option(MISSING, "its file or address; sd15: its folder or Hub repository")
     reference: str = option("", None, free=True)  # statistics of the real images, for FID
-    seed: int = option(
-        0, "what step k draws for row i is a function of (seed, k, i)", least=0, below=2**64
-    )
+    seed: int = option(0, "of all that is drawn", least=0, below=2**64)
 
     # Pairs: the teacher's deterministic ODE solutions.
     pairs: str = option(MISSING, "folder of the pairs", free=True)
     num_pairs: int = option(MISSING, "number of pairs", least=1, free=True)
     solver: str = option("heun", None, free=True)  # or "pndm", of Stable Diffusion
-    solver_steps: int = option(
-        MISSING, "steps of the teacher's solver", flag="steps", least=1, free=True
-    )
-    guidance: float = option(
-        1.0, "sd15: scale of classifier-free guidance, 1 = none", above=0, free=True
-    )
-    prompts: str = option(
-        str(ASSETS / "prompts.txt"), "sd15: text file, one prompt a line (.gz too)", free=True
-    )
-    solver_amp: str = option(
-        "off", "half precision of the network, as in train.py", AMP, flag="amp", free=True
-    )
-    solver_batch: int = option(
-        100, "samples solved at a time", flag="batch_size", least=1, free=True
-    )
+    solver_steps: int = option(MISSING, "of the teacher's solver", flag="steps", least=1, free=True)
+    guidance: float = option(1.0, "sd15: classifier-free guidance, 1 = none", above=0, free=True)
+    prompts: str = option(str(ASSETS / "prompts.txt"), "sd15: a prompt a line (.gz too)", free=True)
+    solver_amp: str = option("off", "half precision, as in train.py", AMP, flag="amp", free=True)
+    solver_batch: int = option(100, "pairs at a time", flag="batch_size", least=1, free=True)
     shard_size: int = option(250, "pairs per file", least=1, free=True)
 
     # Losses.
     weighting: str = option("eq8", "w_t of the KL gradient", tuple(WEIGHTINGS))
-    max_dm_step: int = option(
-        T_MAX, "T_max of the KL gradient (Table 5: 500)", least=T_MIN + 1, most=T
-    )
+    max_dm_step: int = option(T_MAX, "T_max of Eq. 7 (Table 5: 500)", least=T_MIN + 1, most=T)
     kl_on_pairs: bool = option(False, None, free=True)  # line 4: L_KL takes in paired samples too
-    lambda_dm: float = option(
-        1.0, "weight of the distribution-matching loss (0: Table 2's ablation)", least=0
-    )
+    lambda_dm: float = option(1.0, "weight of the KL loss (0: Table 2's ablation)", least=0)
     lambda_reg: float = option(0.25, "weight of the regression loss", least=0)
     distance: str = option("lpips", "distance of the regression loss", ("l2", "lpips"))
-    decoder: str = option(
-        "tiny", "sd15: decoder of images (full: gigabytes per image)", ("tiny", "full")
-    )
+    decoder: str = option("tiny", "sd15: full takes gigabytes per image", ("tiny", "full"))
 
     # Optimisation: AdamW on both networks.
     steps: int = option(MISSING, "generator updates", least=1)
     batch_size: int = option(MISSING, "unpaired samples per step, over all ranks", least=1)
-    batch_size_ref: int = option(
-        MISSING, "paired samples per step (alone, --batch-size keeps the proportion)", least=1
-    )
+    batch_size_ref: int = option(MISSING, "paired ones (default: in proportion)", least=1)
     learning_rate: float = option(MISSING, "peak learning rate of both networks", least=0)
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     phases: tuple[tuple[int, dict], ...] = ()  # (until this step, what is different), see `at`
     warmup: int = 500  # steps, linear
     grad_clip: float = 10.0  # L2 norm, each network by itself
-    amp: str = option(
-        "auto", "half precision; auto: on a GPU bf16 (sd15, and older ones: fp16)", AMP
-    )
+    amp: str = option("auto", "half precision; auto: on a GPU bf16 (sd15, old ones: fp16)", AMP)
     half: str = option("bf16", None, free=True)  # that of auto
 
     # Not in the paper, and off in its workloads.
     lr_decay: str = option("none", "of the learning rate after the warm-up", ("none", "cosine"))
     fake_lr_ratio: float = option(1.0, "mu_fake's learning rate over G's", least=0)
-    lambda_reg_decay: float = option(
-        1.0, "factor by which --lambda-reg falls over the run", above=0
-    )
+    lambda_reg_decay: float = option(1.0, "what --lambda-reg falls to, a factor", above=0)
     ema: float = option(0.0, "moving average of G's weights, 0 = off", least=0, below=1)
 
     # How it is run: nothing here changes the result beyond rounding.
@@ -111,14 +83,9 @@ class Workload(Options):
     accumulate: int = option(1, "parts of a step: less memory, same batch", least=1, free=True)
     compile: bool = option(False, "torch.compile the networks", free=True)
     shard_optimizer: bool = option(False, "spread AdamW's state over the ranks (ZeRO-1)", free=True)
-    save_every: int = option(
-        1000, "steps between checkpoints, pictures and curves", least=1, free=True
-    )
+    save_every: int = option(1000, "steps between checkpoints and pictures", least=1, free=True)
     save_minutes: float = option(30.0, "minutes between them, at most", above=0, free=True)
-    keep: int = option(
-        1, "checkpoints to keep; if several, each also as a copy named by its step", least=1,
-        free=True,
-    )  # fmt: skip
+    keep: int = option(1, "checkpoints to keep (several: by step too)", least=1, free=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -148,11 +115,6 @@ class Workload(Options):
         """(C, H, W) of z, x and y."""
         size = self.network["img_resolution"]
         return (self.network["img_channels"], size, size)
-
-    @property
-    def num_classes(self) -> int:
-        """0: unconditional, or conditioned on text."""
-        return self.network["label_dim"]
 
 
 CIFAR10_NETWORK = dict(

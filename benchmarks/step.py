@@ -69,8 +69,8 @@ def write_inputs(folder: Path, workload: Workload) -> dict[str, str]:
     meta |= {"num_pairs": 64, "shard_size": 64}
     write_json(folder / "pairs" / "meta.json", meta)
     tensors = {name: torch.randn(64, *workload.image_shape) for name in ("z", "y")}
-    if workload.num_classes:
-        tensors["cond"] = torch.arange(64) % workload.num_classes
+    if classes := workload.network["label_dim"]:
+        tensors["cond"] = torch.arange(64) % classes
     write_tensors(shards(folder / "pairs", meta)[0][0], tensors, {})
     return {"teacher": str(teacher), "pairs": str(folder / "pairs"), "out": str(folder / "run")}
 
@@ -106,7 +106,8 @@ def measure(config: Config, folder: Path, workload: Workload) -> dict[str, float
     )  # fmt: skip
     run = train.prepare(workload, Ranks(0, 1, device))
     x = torch.randn(B, *workload.image_shape)
-    cond = torch.arange(B) % workload.num_classes if workload.num_classes else None
+    classes = workload.network["label_dim"]
+    cond = torch.arange(B) % classes if classes else None
     x, t, cond = to(device, x, torch.full((B,), 500), cond)
 
     @torch.no_grad()

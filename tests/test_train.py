@@ -413,15 +413,16 @@ def test_lpips_trains(small, tmp_path, monkeypatch):
     """A step with the real LPIPS on a random VGG; it is no distance of its own weights' making."""
     monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
     config = tiny_config(small, tmp_path / "run", steps=1, distance="lpips")
-    distance = train.choose_distance(config, torch.device("cpu"))
+    network = train.load_lpips(torch.device("cpu"))
+    distance = partial(train.lpips_distance, network)
     x, y = torch.randn(2, 1, 28, 28, requires_grad=True), torch.randn(2, 1, 28, 28)
     torch.testing.assert_close(distance(y, y), torch.zeros(2, 1, 1, 1))
     apart = distance(x, y)
     assert (apart > 0).all()
     apart.sum().backward()
     assert x.grad.abs().sum() > 0
-    assert all(p.grad is None and not p.requires_grad for p in distance.args[0].parameters())
-    monkeypatch.setattr(train, "choose_distance", lambda *_: distance)  # VGG takes long to make
+    assert all(p.grad is None and not p.requires_grad for p in network.parameters())
+    monkeypatch.setattr(train, "load_lpips", lambda _: network)  # VGG takes long to make
     train.main(config)
     row = next(csv.DictReader((tmp_path / "run/log.csv").read_text().splitlines()))
     assert float(row["loss_reg"]) > 0
