@@ -56,8 +56,8 @@ from workloads import Workload, get_workload
 
 # The options of this command, all of them of workloads.py.
 FLAGS = """
-    dataset teacher pairs out seed steps batch_size batch_size_ref learning_rate lr_decay
-    fake_lr_ratio ema lambda_dm lambda_reg lambda_reg_decay distance weighting max_dm_step decoder
+    dataset teacher pairs out seed steps batch_size batch_size_ref learning_rate fake_lr_ratio ema
+    lambda_dm lambda_reg distance weighting max_dm_step decoder
     amp device accumulate compile shard_optimizer save_every save_minutes keep
 """
 
@@ -101,11 +101,7 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
     if ranks.rank == 0:
         meta = {k: v for k, v in pairs.meta.items() if not (config.phases and k == "num_pairs")}
         settings = config.settings() | {"teacher": teacher.record, "made_pairs": meta}
-        # A run may be prolonged where step k does not know how many follow.
-        constant = (config.lr_decay, config.lambda_reg_decay) == ("none", 1)
-        claim_folder(
-            Path(config.out), "config.json", settings, may_grow=("steps",) if constant else ()
-        )
+        claim_folder(Path(config.out), "config.json", settings, may_grow=("steps",))
     ranks.barrier()
 
     G, mu_fake = OneStepGenerator(teacher.student()).eval(), teacher.student()
@@ -118,9 +114,8 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
     # sd15, whose UNet ends in a convolution that has to be float32.
     torch.backends.cudnn.allow_tf32 = amp != "off" and not config.latent
     how = dict(
-        steps=config.steps, warmup=config.warmup, decay=config.lr_decay, betas=config.betas,
-        weight_decay=config.weight_decay, grad_clip=config.grad_clip, fp16=config.amp == "fp16",
-        shard=config.shard_optimizer,
+        warmup=config.warmup, betas=config.betas, weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip, fp16=config.amp == "fp16", shard=config.shard_optimizer,
     )  # fmt: skip
     peak, peak_fake = config.learning_rate, config.learning_rate * config.fake_lr_ratio
     learners = (
@@ -144,11 +139,6 @@ def begin_phase(run: Run, step: int) -> int:
         if run.ranks.rank == 0:
             tqdm.write(f"from step {step + 1} on: {changed or 'the settings of config.json'}")
     return config.batch_size if config.lambda_dm else config.batch_size_ref
-
-
-def lambda_reg(config: Workload, step: int) -> float:
-    """The weight of the regression loss, constant or falling geometrically over the run."""
-    return config.lambda_reg * config.lambda_reg_decay ** (step / config.steps)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,7 +175,7 @@ def training_step(run: Run, step: int) -> list[Tensor]:
                 images = teacher.decode(x_ref, config.decoder)
                 images_ref = teacher.decode(batch.y_ref, config.decoder)
             loss_reg = regression_loss(images, images_ref, run.distance)
-        G.backward(config.lambda_dm * loss_kl + lambda_reg(config, step) * loss_reg)
+        G.backward(config.lambda_dm * loss_kl + config.lambda_reg * loss_reg)
         losses.append(torch.stack([loss_kl, loss_reg]).detach())
         generated.append((x.detach(), cond, batch.t_fake, batch.noise_fake))
     norm_G = G.step(step)

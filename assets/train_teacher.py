@@ -93,8 +93,8 @@ def main(config: Config) -> None:
     net = EDMPrecond(**WORKLOADS["mnist"].network)
     net.to(device, memory_format=torch.channels_last)
     learner = Learner(
-        net, Ranks(0, 1, device), config.learning_rate, steps=config.steps, warmup=config.warmup,
-        decay="cosine", betas=(0.9, 0.99), weight_decay=0.0, grad_clip=math.inf, ema=config.ema,
+        net, Ranks(0, 1, device), config.learning_rate, warmup=config.warmup, end=config.steps,
+        betas=(0.9, 0.99), weight_decay=0.0, grad_clip=math.inf, ema=config.ema,
     )  # fmt: skip
     run = {"net": learner, "ema": learner.average}
     claim_folder(out, "config.json", config.settings())

@@ -12,13 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from plumbing.devices import Ranks
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: str = "none") -> float:
-    """Linear warm-up to the peak, then constant as in the paper ("none"), or half a "cosine" down
-    to zero at the end of `steps`."""
+def learning_rate(step: int, peak: float, warmup: int, end: int | None = None) -> float:
+    """Linear warm-up to the peak, then constant as in the paper, or half a cosine to zero at step
+    `end`."""
     warm = min(1.0, (step + 1) / max(1, warmup))
-    if decay == "none":
-        return peak * warm
-    progress = max(0, step - warmup) / max(1, steps - warmup)
+    progress = max(0, step - warmup) / (end - warmup) if end else 0
     return peak * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -46,7 +44,7 @@ class Learner:
 
     Args:
         network: what is trained, on its device; stays in the mode that it is in.
-        peak, steps, warmup, decay: of learning_rate.
+        peak, warmup, end: of learning_rate.
         betas, weight_decay: of AdamW.
         grad_clip: largest L2 norm of the gradient.
         fp16: scale the loss, or small gradients would be zero in half precision.
@@ -64,9 +62,8 @@ class Learner:
         ranks: Ranks,
         peak: float,
         *,
-        steps: int,
         warmup: int,
-        decay: str,
+        end: int | None = None,
         betas: tuple[float, float],
         weight_decay: float,
         grad_clip: float,
@@ -75,9 +72,7 @@ class Learner:
         ema: float = 0.0,
     ):
         self.network, self.grad_clip, self.ema = network, grad_clip, ema
-        self.learning_rate = partial(
-            learning_rate, steps=steps, peak=peak, warmup=warmup, decay=decay
-        )
+        self.learning_rate = partial(learning_rate, peak=peak, warmup=warmup, end=end)
         self.count, self.rank, self.sharded = 1, ranks.rank, shard and ranks.count > 1
         self.average = copy.deepcopy(network).requires_grad_(False) if ema else network
         kind, options = torch.optim.AdamW, {"betas": betas, "weight_decay": weight_decay}

@@ -23,8 +23,7 @@ from workloads import get_workload
 ALONE = Ranks(0, 1, torch.device("cpu"))
 STEPS = 3
 OPTIONS = {"batch_size": 4, "batch_size_ref": 4, "device": "cpu", "save_every": 2}
-OPTIONS |= {"lr_decay": "none", "lambda_reg_decay": 1.0, "steps": STEPS}
-OPTIONS |= {"learning_rate": 2e-2}  # 4e-4 at the first of 50 steps of warm-up
+OPTIONS |= {"steps": STEPS, "learning_rate": 2e-2}  # 4e-4 at the first of 50 steps of warm-up
 
 # What rounding may do. Of one network's way from the teacher, as a fraction in the L2 norm; and of
 # the losses and norms. Other samples, or a gradient of one rank alone, change either by over a
