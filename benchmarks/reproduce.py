@@ -264,7 +264,7 @@ def draw(**options) -> tuple[Tensor, Tensor]:
     """The digits that evaluate.py measures with these options, and their labels."""
     config = evaluate.Config(samples=SAMPLES, device="cpu", **options)
     config, (row,) = evaluate.load_rows(config, CPU)
-    images = torch.cat(list(evaluate.draw(row, config, Ranks(0, 1, CPU))))
+    images = torch.cat(list(evaluate.draw_share(row, config, Ranks(0, 1, CPU))))
     return images.float() / 127.5 - 1, torch.arange(SAMPLES) % 10
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from plumbing.devices import Ranks
 from plumbing.downloads import download
-from plumbing.files import one_line_errors, read_tensors, torch_load
+from plumbing.files import one_line_errors, torch_load
 from plumbing.options import UserError
 
 FEATURES = 2048
@@ -55,14 +55,14 @@ def seeded_inputs(
     return torch.stack(noises), torch.stack(labels) if num_classes else None
 
 
-def inception(weights: str | Path | None, device: torch.device | str) -> nn.Module:
+def inception(device: torch.device | str) -> nn.Module:
     """The network, in eval mode: uint8 (B, 3, H, W) -> one-tuple of features (B, 2048) float32. Its
-    weights are a state dict of torch.save; None: the published one, from torch hub's folder or else
-    downloaded into it (by one process: among ranks let the first go ahead)."""
+    weights are in torch hub's folder, by hand or downloaded (among ranks let the first go ahead).
+    """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    path = Path(weights or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_FILE}")
-    if not weights and not path.exists():
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if not path.exists():
         download(INCEPTION_URL, path, INCEPTION_HASH)
     with one_line_errors(path):
         # The constructor loads with weights_only=False, which runs whatever a file says: only after
@@ -128,18 +128,14 @@ def read_reference(
     """Statistics to compare with -> mean (2048,), covariance (2048, 2048), float64, on the CPU.
 
     Args:
-        path: a file with `mu` and `sigma` (an .npz, as EDM's, or a .safetensors), or a folder of
-            images, which the ranks share.
+        path: an .npz with `mu` and `sigma`, as EDM's, or a folder of images, which the ranks share.
         network: of `inception`; only a folder needs it.
         size: that its images must have; 0: one size, whichever.
     """
     if path.is_dir():
         return feature_statistics(read_images(path, batch_size, ranks, size), network, ranks)
-    if path.suffix == ".safetensors":
-        tensors, _ = read_tensors(path)
-    else:
-        with one_line_errors(path), np.load(path, allow_pickle=False) as archive:
-            tensors = {k: torch.from_numpy(archive[k]) for k in ("mu", "sigma") if k in archive}
+    with one_line_errors(path), np.load(path, allow_pickle=False) as archive:
+        tensors = {k: torch.from_numpy(archive[k]) for k in ("mu", "sigma") if k in archive}
     for name, shape in (("mu", (FEATURES,)), ("sigma", (FEATURES, FEATURES))):
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != shape:

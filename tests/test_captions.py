@@ -165,7 +165,7 @@ def test_two_ranks_draw_what_one_does(small, tmp_path, sd, sd_run):
     options = ("--checkpoint", sd_run, "--captions", tmp_path / "captions.txt", "--device", "cpu")
     options += ("--teacher-weights", sd, "--batch-size", 1)
     for how, folder in ((run, "one"), (run_on_two_ranks, "two")):
-        result = how("evaluate.py", *options, "--images", tmp_path / folder, "--samples", 5)
+        result = how("evaluate.py", *options, "--out", tmp_path / folder, "--samples", 5)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("ms per image (batch 1) (5 images)") == 1
     for k in range(5):
@@ -176,7 +176,9 @@ def test_two_ranks_draw_what_one_does(small, tmp_path, sd, sd_run):
         assert np.abs(one - two).max() <= 1
 
 
-def test_mistakes_with_captions(small, tmp_path, run_here):
+def test_mistakes_with_captions(small, tmp_path, run_here, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_teacher", None)  # all are found before
+
     def refused(words, **options):
         with pytest.raises(UserError, match=words):
             evaluate.main(evaluate.Config(**small | options))
@@ -185,9 +187,9 @@ def test_mistakes_with_captions(small, tmp_path, run_here):
     refused("holds 0 PNG or JPEG images", reference="nowhere")
     (tmp_path / "empty").mkdir()
     refused("holds 0 PNG or JPEG images", reference="empty")
-    refused("--inception is not for captions", inception="x.pth")
     refused("not untrained", rows=("untrained",))
     refused("give a file of --captions", captions=None)
+    refused("makes sd15, not cifar10", dataset="cifar10")
     refused("nowhere.txt cannot be read", captions="nowhere.txt")
     mnist = run_here("evaluate.py", "--captions", "captions.txt", "--dataset", "mnist")
     fails_in_one_line(mnist, "--captions is for text-to-image models")

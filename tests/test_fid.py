@@ -5,12 +5,12 @@ import socket
 import numpy as np
 import pytest
 import torch
+from conftest import ONE_THREAD
 from PIL import Image
 from torch import nn
 
 from plumbing import fid
 from plumbing.devices import Ranks
-from plumbing.files import write_tensors
 from plumbing.options import UserError
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -65,7 +65,8 @@ def test_seeded_inputs_are_edms():
 
 @pytest.fixture(scope="module")
 def random_weights(tmp_path_factory):
-    """A file in the format and size of Inception's: random, scaled so that features survive."""
+    """A file in the format and size of Inception's, in torch hub's folder: random, scaled so that
+    features survive."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Net
 
     class Unloaded(Net):
@@ -79,8 +80,13 @@ def random_weights(tmp_path_factory):
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
-    torch.save(net.state_dict(), folder / "random.pth")
-    return folder / "random.pth"
+    path = folder / "hub" / "checkpoints" / fid.INCEPTION_FILE
+    path.parent.mkdir(parents=True)
+    torch.save(net.state_dict(), path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(folder))
+        patch.setitem(ONE_THREAD, "TORCH_HOME", str(folder))  # of run_on_two_ranks
+        yield path
 
 
 def test_fid_is_torch_fidelitys(random_weights, tmp_path):
@@ -94,7 +100,7 @@ def test_fid_is_torch_fidelitys(random_weights, tmp_path):
         feature_extractor_weights_path=str(random_weights), samples_find_deep=True,
         save_cpu_ram=True, batch_size=4, verbose=False,
     )["frechet_inception_distance"]  # fmt: skip
-    network = fid.inception(random_weights, "cpu")
+    network = fid.inception("cpu")
     found = fid.frechet_distance(
         *read(tmp_path / "a", network, batch_size=3), *read(tmp_path / "b", network, batch_size=3)
     )
@@ -102,27 +108,30 @@ def test_fid_is_torch_fidelitys(random_weights, tmp_path):
     assert found == pytest.approx(expected, rel=1e-6)  # measured: 7e-9
 
 
-def test_other_and_hostile_weights_are_refused(random_weights, tmp_path):
+def test_other_and_hostile_weights_are_refused(random_weights, tmp_path, monkeypatch):
     """Also what torch-fidelity's own loader would run."""
 
     class Hostile:
         def __reduce__(self):
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
 
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE
+    path.parent.mkdir(parents=True)
+
+    def fails(word):
+        with pytest.raises(UserError, match=word) as raised:
+            fid.inception("cpu")
+        assert "\n" not in str(raised.value) and str(path) in str(raised.value)
+
     state = torch.load(random_weights, weights_only=True)
     del state["fc.bias"]
-    torch.save(state, tmp_path / "other.pth")
-    torch.save({"fc.bias": Hostile()}, tmp_path / "hostile.pth")
-    (tmp_path / "short.pth").write_bytes(random_weights.read_bytes()[:100_000])
-    for name, word in (
-        ("other", "fc.bias"),
-        ("hostile", "exec"),
-        ("short", "damaged"),
-        ("absent", "does not exist"),
-    ):
-        with pytest.raises(UserError, match=word) as raised:
-            fid.inception(tmp_path / f"{name}.pth", "cpu")
-        assert "\n" not in str(raised.value) and f"{name}.pth" in str(raised.value)
+    torch.save(state, path)
+    fails("fc.bias")
+    torch.save({"fc.bias": Hostile()}, path)
+    fails("exec")
+    path.write_bytes(random_weights.read_bytes()[:100_000])
+    fails("damaged")
     assert not (tmp_path / "ran").exists()
 
 
@@ -135,7 +144,7 @@ def test_missing_weights_say_which_and_where(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     with pytest.raises(UserError) as raised:
-        fid.inception(None, "cpu")
+        fid.inception("cpu")
     message, path = str(raised.value), tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE
     assert fid.INCEPTION_URL in message and f"yourself and put it at {path}" in message
     assert "no route to host" in message
@@ -143,7 +152,7 @@ def test_missing_weights_say_which_and_where(monkeypatch, tmp_path):
 
     path.write_bytes(b"something else")
     with pytest.raises(UserError, match=f"{path} is damaged"):
-        fid.inception(None, "cpu")
+        fid.inception("cpu")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,18 +226,16 @@ def test_frechet_distance_against_scipy():
 # References
 
 
-def test_references_from_files_and_folder_agree(tmp_path):
-    """A folder's statistics, by way of both kinds of file, are those of the images themselves."""
+def test_references_from_file_and_folder_agree(tmp_path):
+    """A folder's statistics, and by way of a file, are those of the images themselves."""
     images = write_images(tmp_path / "images", 6, seed=7)
     (tmp_path / "images" / "notes.txt").write_text("not an image")
     mu, sigma = read(tmp_path / "images", Projection(), batch_size=4)
     expected = fid.mean_and_covariance(Projection()(images)[0])
     torch.testing.assert_close((mu, sigma), expected, rtol=1e-9, atol=1e-9)
 
-    write_tensors(tmp_path / "s.safetensors", {"mu": mu, "sigma": sigma}, {})
     np.savez(tmp_path / "s.npz", mu=mu.numpy(), sigma=sigma.numpy(), other="ignored")
-    for name in ("s.safetensors", "s.npz"):
-        torch.testing.assert_close(read(tmp_path / name), (mu, sigma), rtol=0, atol=0)
+    torch.testing.assert_close(read(tmp_path / "s.npz"), (mu, sigma), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_through_every_script(resolution, classes, tmp_path, monkeypatch, random
     images = 2 * torch.rand(5, 3, resolution, resolution) - 1
     for k, image in enumerate(images):
         save_grid(tmp_path / "real" / f"{k}.png", image[None], columns=1, gap=0)
-    figures = {"inception": str(random_weights), "samples": 4, "batch_size": 2, "device": "cpu"}
+    figures = {"samples": 4, "batch_size": 2, "device": "cpu"}
     options = {"reference": "real", "rows": ("student", "teacher"), "steps": 2}
     evaluate.main(evaluate.Config(**figures, **options, teacher_weights=teacher))
     lines = capsys.readouterr().out.splitlines()
