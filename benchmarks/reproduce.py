@@ -72,7 +72,7 @@ GENERATOR = ASSETS / "mnist_generator.safetensors"
 
 # What is measured: the default recipe; and with fewer steps, all with equally many, name -> what
 # train.py is told.
-DEFAULT, STEPS = "student, default recipe", 500
+DEFAULT, STEPS = "student, default recipe", 400
 TABLE_2 = {
     "full": [],
     "without distribution matching": ["--lambda-dm", "0"],
