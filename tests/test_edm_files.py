@@ -517,9 +517,9 @@ def test_persistent_ids_are_refused(pkl, protocol):
 
 def test_modules_that_are_no_tree(tiny, pkl):
     network = edm_network(tiny)  # a module inside itself
-    inner = state_at(network, "model.enc")
-    inner["_modules"]["loop"] = nn.ModuleDict()
-    inner["_modules"]["loop"]._modules = inner["_modules"]
+    loop = nn.ModuleDict()
+    loop._modules["loop"] = loop
+    state_at(network, "model.enc")["_modules"]["loop"] = loop
     refused(pkl({"ema": network}), "RecursionError")
     network = edm_network(tiny)
     network.meta["state"]["_modules"]["more"] = "text"

@@ -68,7 +68,7 @@ def test_pairs_of_other_settings_are_never_mixed(pairs, tmp_path):
 @pytest.mark.slow
 def test_killed_pairs_go_on_exactly(small, tmp_path, one_thread):
     """kill -9 after the first shard: the same files in the end, and nothing half-written."""
-    options = {"num_pairs": 60, "steps": 12, "shard_size": 4, "device": "cpu"}
+    options = {"num_pairs": 24, "steps": 12, "shard_size": 4, "device": "cpu"}
     options["teacher"] = small["teacher"]
     make_pairs.main(pairs_config(**options, out=str(tmp_path / "straight")))
     killed = tmp_path / "killed"
