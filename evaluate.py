@@ -43,14 +43,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from plumbing.captions import (
-    clip_score,
-    draw_missing,
-    folder_fid,
-    latency,
-    optional,
-    preview,
-)
+from plumbing.captions import clip_score, draw_missing, folder_fid, latency, optional, preview
 from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp
 from plumbing.digits import measure
 from plumbing.downloads import fetch
@@ -89,7 +82,7 @@ class Config(Options):
     dataset: str | None = option(None, "of a teacher without a generator", tuple(WORKLOADS))
     captions: str | None = option(None, "sd15: text file, one caption a line (.gz too)")
     rows: tuple[str, ...] = option((), "what to measure (default: student; mnist: all)", ROWS)
-    samples: int | None = option(None, "a row (default: 50000; mnist: 10000; sd15: all)", least=1)
+    samples: int | None = option(None, "images a row (50000; mnist: 10000; sd15: all)", least=1)
     seed: int = option(0, "of the noises; FID: of the first image", least=0, below=2**64)
     reference: str | None = option(None, "FID: real images' .npz, or a folder (default: EDM's)")
     out: str = option("captions", "sd15: folder of the pictures, a folder a row")
@@ -107,9 +100,8 @@ class Config(Options):
 def complete(config: Config, workload: Workload, device: torch.device) -> Config:
     """Fill in what the workload and the device decide; refuse what does not fit."""
     mnist, latent = workload.dataset == "mnist", workload.latent
-    in_vain = {"reference": mnist, "out": not latent, "clip_score": not latent}
-    for name in in_vain:
-        if in_vain[name] and getattr(config, name) != getattr(Config, name):
+    for name, vain in {"reference": mnist, "out": not latent, "clip_score": not latent}.items():
+        if vain and getattr(config, name) != getattr(Config, name):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} is not for {workload.dataset}; leave it away")
     rows = config.rows or (ROWS if mnist else ("student",))
@@ -290,7 +282,7 @@ def measure_captions(row: Row, config: Config, ranks: Ranks) -> tuple[dict, str]
     draw_missing(folder, config.samples, draw_row, config.batch_size, ranks)
     if ranks.rank > 0:
         return {}, ""
-    found = {"ms_per_image": latency(lambda k: draw_row([k[0] % config.samples]))}
+    found = {"ms_per_image": latency(lambda: draw_row([0]))}
     text = f"{found['ms_per_image']:.1f} ms per image (batch 1)"
     if config.reference:
         found["fid"] = folder_fid(folder, Path(config.reference), ranks.device)

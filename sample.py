@@ -74,6 +74,8 @@ def main(config: Config) -> None:
 
     # Image i: noise of seed i, label or prompt i of the cycle.
     seeds = parse_numbers(config.seeds or ("0-3" if latent else "0-99"), "seeds")
+    if not Path(config.out).suffix and len(set(seeds)) < len(seeds):
+        raise UserError("--seeds names a seed twice, but in a folder each seed is one file")
     classes = 0 if latent else G.mu.net.label_dim
     cond = choose_condition(config, workload, classes, len(seeds), device)
     z = sample_noise("samples", 0, seeds, G.mu.net.image_shape)

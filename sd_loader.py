@@ -353,8 +353,6 @@ class CLIPTokenizer:
 
     def __call__(self, prompts: list[str]) -> Tensor:
         """Prompts -> ids (B, 77) long."""
-        if isinstance(prompts, str):
-            raise TypeError("prompts must be a list of strings, not one string")
         rows = []
         for prompt in prompts:
             encoding = self.bpe.encode(prompt)
@@ -556,7 +554,7 @@ ADAMS_BASHFORTH = {  # weights of the newest noise prediction, of the one before
 
 
 @torch.no_grad()
-def pndm_sample(eps: Callable, z: Tensor, text: Tensor | None, steps: int = 50) -> Tensor:
+def pndm_sample(eps: Callable, z: Tensor, text: Tensor | None, steps: int) -> Tensor:
     """PNDM without Runge-Kutta steps ("PLMS"; Liu et al. 2022), with SD v1.5's settings.
 
     eps(x_t, t, text) with t (B,) long: a UNet, a GuidedUNet or any closed form; z ~ N(0, I)

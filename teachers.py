@@ -203,16 +203,10 @@ def generator_file(
     }
 
 
-def load_generator(source: str | Path) -> tuple[OneStepGenerator, dict[str, str]]:
+def load_generator(path: Path) -> tuple[OneStepGenerator, dict[str, str]]:
     """G_theta from a run's generator.safetensors, and the file's metadata (its dataset, step, ...).
-
     Also from others' EDM checkpoints, whose dataset is told by the network's images, and from UNets
-    of Stable Diffusion v1.x under diffusers' names.
-
-    Args:
-        source: a file, or an address that downloads.fetch knows.
-    """
-    path = fetch(str(source))
+    of Stable Diffusion v1.x under diffusers' names."""
     if is_sd_unet(path):
         metadata = read_header(path)[1] if file_format(path) == "safetensors" else {}
         config = json.loads(metadata.get("kwargs", "null"))  # None: as beside, or SD v1.5's

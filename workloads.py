@@ -62,9 +62,7 @@ class Workload(Options):
     steps: int = option(MISSING, "generator updates", least=1)
     batch_size: int = option(MISSING, "unpaired samples per step, over all ranks", least=1)
     batch_size_ref: int = option(MISSING, "paired ones (default: in proportion)", least=1)
-    learning_rate: float = option(
-        MISSING, "learning rate of both networks, after the warm-up", least=0
-    )
+    learning_rate: float = option(MISSING, "G's, after the warm-up", least=0)
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     phases: tuple[tuple[int, dict], ...] = ()  # (until this step, what is different), see `at`
@@ -85,7 +83,7 @@ class Workload(Options):
     shard_optimizer: bool = option(False, "spread AdamW's state over the ranks (ZeRO-1)", free=True)
     save_every: int = option(1000, "steps between checkpoints and pictures", least=1, free=True)
     save_minutes: float = option(30.0, "minutes between them, at most", above=0, free=True)
-    keep: int = option(1, "checkpoints to keep (several: by step too)", least=1, free=True)
+    keep: int = option(1, "checkpoints to keep (if several, named by step)", least=1, free=True)
 
     def __post_init__(self):
         super().__post_init__()

@@ -93,7 +93,8 @@ def main(config: Config) -> None:
     net = EDMPrecond(**WORKLOADS["mnist"].network)
     net.to(device, memory_format=torch.channels_last)
     learner = Learner(
-        net, Ranks(0, 1, device), config.learning_rate, warmup=config.warmup, end=config.steps,
+        net, Ranks(0, 1, device), config.learning_rate, warmup=config.warmup,
+        end=max(config.steps, config.warmup + 1),
         betas=(0.9, 0.99), weight_decay=0.0, grad_clip=math.inf, ema=config.ema,
     )  # fmt: skip
     run = {"net": learner, "ema": learner.average}

@@ -26,6 +26,7 @@ from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from plumbing.devices import Ranks
+from plumbing.fid import read_image
 from plumbing.files import atomic_path, one_line, one_line_errors, save_grid
 from plumbing.options import UserError
 
@@ -61,18 +62,18 @@ def draw_missing(
 def preview(folder: Path, count: int) -> Path:
     """A grid of the first pictures, beside their folder -> its file."""
     files = [picture(folder, k) for k in range(min(count, 25))]
-    images = [square(np.asarray(Image.open(file))) for file in files]
+    images = [square(read_image(file).permute(1, 2, 0).numpy()) for file in files]
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
     save_grid(folder.with_suffix(".png"), batch, columns=5)
     return folder.with_suffix(".png")
 
 
-def latency(draw: Callable[[list[int]], Tensor], repeats: int = 50) -> float:
-    """Milliseconds from text to image at batch size 1: the median, after some to warm up."""
+def latency(draw: Callable[[], Tensor]) -> float:
+    """Milliseconds of `draw`, from text to image: the median of 50, after three to warm up."""
     times = []
-    for repeat in range(repeats + 3):
+    for _ in range(53):
         clock = time.perf_counter()
-        draw([repeat]).cpu()  # waits for the GPU
+        draw().cpu()  # waits for the GPU
         times.append((time.perf_counter() - clock) * 1000)
     return statistics.median(times[3:])
 
@@ -118,7 +119,8 @@ def clip_score(drawn: Path, captions: Sequence[str], device: torch.device) -> fl
     for start in tqdm(range(0, len(captions), 32), desc="CLIP score"):
         texts = [f"A photo depicts {caption}" for caption in captions[start : start + 32]]
         files = [picture(drawn, k) for k in range(start, start + len(texts))]
-        squares = [Image.fromarray(square(np.asarray(Image.open(file)))) for file in files]
+        pixels = [read_image(file).permute(1, 2, 0).numpy() for file in files]
+        squares = [Image.fromarray(square(each)) for each in pixels]
         images = torch.stack([preprocess(each) for each in squares])
         with torch.inference_mode():
             of_images = model.encode_image(images.to(device))

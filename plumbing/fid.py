@@ -123,15 +123,10 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
 
 
 def read_reference(
-    path: Path, network: Callable | None, batch_size: int, ranks: Ranks, size: int = 0
+    path: Path, network: Callable, batch_size: int, ranks: Ranks, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Statistics to compare with -> mean (2048,), covariance (2048, 2048), float64, on the CPU.
-
-    Args:
-        path: an .npz with `mu` and `sigma`, as EDM's, or a folder of images, which the ranks share.
-        network: of `inception`; only a folder needs it.
-        size: that its images must have; 0: one size, whichever.
-    """
+    """Of an .npz with `mu` and `sigma`, as EDM's, or of a folder of images of size x size, that the
+    ranks share -> mean (2048,), covariance (2048, 2048), float64, on the CPU."""
     if path.is_dir():
         return feature_statistics(read_images(path, batch_size, ranks, size), network, ranks)
     with one_line_errors(path), np.load(path, allow_pickle=False) as archive:
@@ -152,17 +147,16 @@ def list_images(folder: Path) -> list[Path]:
     return files
 
 
-def read_images(folder: Path, batch_size: int, ranks: Ranks, size: int = 0) -> Iterator[Tensor]:
+def read_images(folder: Path, batch_size: int, ranks: Ranks, size: int) -> Iterator[Tensor]:
     """This rank's share of a folder's images, batch by batch: uint8 (B, 3, H, W)."""
     files = list_images(folder)
-    shape = torch.Size((3, size, size)) if size else read_image(files[0]).shape
     share = ranks.share(len(files))
     for start in tqdm(range(0, len(share), batch_size), desc=folder.name, disable=ranks.rank > 0):
         images = {files[k]: read_image(files[k]) for k in share[start : start + batch_size]}
         for path, image in images.items():
-            if image.shape != shape:
+            if image.shape != (3, size, size):
                 raise UserError(
-                    f"{path} is {tuple(image.shape)} instead of {tuple(shape)}: FID depends on "
+                    f"{path} is {tuple(image.shape)} instead of {(3, size, size)}: FID depends on "
                     "how images are resized, so bring them to one size deliberately"
                 )
         yield torch.stack(list(images.values()))
@@ -171,4 +165,6 @@ def read_images(folder: Path, batch_size: int, ranks: Ranks, size: int = 0) -> I
 def read_image(path: Path) -> Tensor:
     """A PNG or JPEG file -> uint8 (3, H, W)."""
     with one_line_errors(path), Image.open(path, formats=("PNG", "JPEG")) as image:
+        if image.mode not in ("L", "P", "RGB"):  # 16 bits would be clipped, transparency lost
+            raise UserError(f"{path} has mode {image.mode}; convert it to RGB, or remove it")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

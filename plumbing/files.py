@@ -97,8 +97,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> None:
-    """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, as one PNG, row by row, on light grey, with
-    a gap of so many pixels between them, and then magnified by a whole number."""
+    """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, as one PNG, row by row, with `gap` pixels
+    of light grey between them, magnified `scale` times (a whole number)."""
     from torchvision.utils import make_grid  # slow to import
 
     grid = make_grid(to_uint8(images.detach().cpu()), columns, gap, pad_value=200)
@@ -126,6 +126,8 @@ def one_line_errors(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check the path") from None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UserError as error:
         named = str(error).startswith(str(path))
         raise UserError(one_line(error if named else f"{path} is refused: {error}")) from error

@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
-def parse(make: Callable, doc: str, flags: str | None = None, arguments=None):
+def parse(make: Callable, doc: str, flags: str | None = None):
     """The command line -> make(**the options that it gives), a dataclass derived from Options.
 
     Every field made by `option` is one: `lambda_reg: float = option(...)` is `--lambda-reg X`, a
@@ -105,7 +105,7 @@ def parse(make: Callable, doc: str, flags: str | None = None, arguments=None):
     first = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     if "dataset" in inspect.signature(make).parameters:
         first.add_argument("--dataset")
-    shown = make(**vars(first.parse_known_args(arguments)[0]))
+    shown = make(**vars(first.parse_known_args()[0]))
     hints = typing.get_type_hints(type(shown))
     fields = {field.name: field for field in dataclasses.fields(shown)}
     words = flags.split() if flags else [name for name in fields if fields[name].metadata]
@@ -129,7 +129,7 @@ def parse(make: Callable, doc: str, flags: str | None = None, arguments=None):
                 kind, how["nargs"] = typing.get_args(kind)[0], "+"
             how["type"] = kind
         parser.add_argument(f"--{flag}" if flag else flag_of(fields[name]), **how)
-    return make(**vars(parser.parse_args(arguments)))
+    return make(**vars(parser.parse_args()))
 
 
 def run_script(main: Callable, make: Callable, doc: str, flags: str | None = None):

@@ -1,11 +1,13 @@
 """What a run leaves on disk, how it goes on from there, and how it is interrupted.
 
-config.json                what decides the result; another run's folder is left alone
-log.csv, curves.png        SCALARS of every step
-samples_STEP.png           pictures; at the end training.gif, a film of them
-generator.safetensors      G, with all it takes to build it again; of Stable Diffusion also
-                           unet/, which diffusers opens
-checkpoint.pt              everything needed to go on; tensors and plain numbers only
+    config.json                what decides the result; another run's folder is left alone
+    log.csv, curves.png        SCALARS of every step
+    samples_STEP.png           pictures; at the end training.gif, a film of them
+    generator.safetensors      G, with all it takes to build it again; of Stable Diffusion also
+                               unet/, which diffusers opens
+    checkpoint.pt              everything needed to go on; tensors and plain numbers only
+
+Every file is written whole or not at all (files.py).
 """
 
 import csv
@@ -91,9 +93,9 @@ def save_run(
     generator: tuple[dict[str, Tensor], dict[str, str]],
     keep: int,
 ) -> None:
-    """Write log, curves, generator (tensors, and what the file says of them), and as checkpoint the
-    state that load_checkpoint needs, with "step", the number of steps done. If `keep` is above 1,
-    that many checkpoints also stay under the names of their steps."""
+    """Write log, curves, generator (tensors, and what the file says of them) and checkpoint: the
+    state that load_checkpoint restores, and "step", the steps done. If `keep` is above 1, that many
+    checkpoints stay as copies named by their step."""
     write_csv(out / "log.csv", rows)
     draw_curves(out / "curves.png", rows)
     write_tensors(out / "generator.safetensors", *generator, format="pt")

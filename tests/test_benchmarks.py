@@ -128,7 +128,7 @@ def test_the_two_lpips_differ_in_the_pooling_alone():
 @pytest.fixture
 def reproduce(monkeypatch, pairs):
     """benchmarks/reproduce.py with little to do: made-up test digits, no solver but the untrained
-    student's, one step of one variant, 200 digits of each."""
+    student's, one step of one variant, 200 digits of each; sample.py is not run."""
     module = load("reproduce")
     digits, labels = torch.rand(300, 1, 28, 28) * 2 - 1, torch.arange(300) % 10
     monkeypatch.setattr(module, "load_mnist", lambda folder, train: (digits, labels))

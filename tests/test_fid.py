@@ -16,9 +16,9 @@ from plumbing.options import UserError
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def read(path, network=None, batch_size=64):
+def read(path, network=None, batch_size=64, size=32):
     """A reference, in one process."""
-    return fid.read_reference(path, network, batch_size, ALONE)
+    return fid.read_reference(path, network, batch_size, ALONE, size)
 
 
 class Projection(nn.Module):
@@ -186,7 +186,7 @@ def rank_of_two(rank, folder, images):
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
     ranks = Ranks(rank, 2, torch.device("cpu"))
-    mu, sigma = fid.read_reference(images, Projection(), 2, ranks)
+    mu, sigma = fid.read_reference(images, Projection(), 2, ranks, 32)
     torch.save((mu, sigma), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -288,7 +288,7 @@ def test_bad_folders(tmp_path):
 
     def fails(word):
         with pytest.raises(UserError, match=word) as raised:
-            read(folder, Projection())
+            read(folder, Projection(), size=8)
         assert "\n" not in str(raised.value)
 
     fails("holds 0 PNG or JPEG")
@@ -300,4 +300,6 @@ def test_bad_folders(tmp_path):
     (folder / "b.JPG").write_bytes((folder / "a.png").read_bytes()[:40])
     fails("b.JPG is damaged")
     picture.convert("L").save(folder / "b.JPG")  # grey
-    assert [images.shape for images in fid.read_images(folder, 4, ALONE)] == [(2, 3, 8, 8)]
+    assert [images.shape for images in fid.read_images(folder, 4, ALONE, 8)] == [(2, 3, 8, 8)]
+    picture.convert("RGBA").save(folder / "c.png")
+    fails("c.png has mode RGBA")

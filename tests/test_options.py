@@ -48,7 +48,7 @@ def test_what_a_killed_write_left_is_overwritten(tmp_path):
     write_bytes(path, b"new")
     assert sorted(os.listdir(tmp_path)) == ["file", "meta.json"] and path.read_bytes() == b"new"
     with pytest.raises(UserError, match="another a;"):
-        claim_folder(tmp_path, "meta.json", {"a": 1})
+        claim_folder(tmp_path, "meta.json", {"a": 1}, may_grow=("a",))
     (tmp_path / "meta.json").unlink()
     with pytest.raises(UserError, match="holds other files"):
         claim_folder(tmp_path, "meta.json", {"a": 1})
