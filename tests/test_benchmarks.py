@@ -128,13 +128,13 @@ def test_the_two_lpips_differ_in_the_pooling_alone():
 @pytest.fixture
 def reproduce(monkeypatch, pairs):
     """benchmarks/reproduce.py with little to do: made-up test digits, no solver but the untrained
-    student's, one step of one variant, 200 digits of each; sample.py is not run."""
+    student's, one step of two variants, 200 digits of each."""
     module = load("reproduce")
     digits, labels = torch.rand(300, 1, 28, 28) * 2 - 1, torch.arange(300) % 10
     monkeypatch.setattr(module, "load_mnist", lambda folder, train: (digits, labels))
     monkeypatch.setattr(module, "SAMPLES", 200)
     monkeypatch.setattr(module, "SOLVERS", dict(list(module.SOLVERS.items())[:1]))
-    monkeypatch.setattr(module, "TABLE_2", {"no KL": ["--lambda-dm", "0"]})
+    monkeypatch.setattr(module, "TABLE_2", {"full": [], "no KL": ["--lambda-dm", "0"]})
     monkeypatch.setattr(module, "DEPARTURES", {})
     monkeypatch.setattr(module, "SEEDS_OF_DEFAULT", 1)
     monkeypatch.setattr(module, "SEEDS", 1)
@@ -145,7 +145,7 @@ def reproduce(monkeypatch, pairs):
         if script == "train.py":
             where = arguments.index("--pairs") + 1
             arguments = (*arguments[:where], pairs, *arguments[where + 1 :], "--steps", 1)
-        if script in ("make_pairs.py", "sample.py"):
+        if script == "make_pairs.py":
             return 1.0
         if script == "assets/train_classifier.py":  # the second judge is the first one
             shutil.copytree(ASSETS, arguments[arguments.index("--out") + 1])
@@ -161,8 +161,9 @@ def test_reproduce_measures_once_and_mixes_nothing(reproduce, tmp_path, monkeypa
     reproduce.main(config)
     path = tmp_path / "results" / "mnist.json"
     results = json.loads(path.read_text())
-    names = {reproduce.REAL, *reproduce.SOLVERS, reproduce.DEFAULT, "no KL"}
-    assert set(results) == names
+    assert set(results) == {
+        reproduce.REAL, *reproduce.SOLVERS, reproduce.DEFAULT, "full", "no KL",
+    }  # fmt: skip
     (entry,) = results[reproduce.DEFAULT].values()
     assert set(entry["judges"]["convolutions"]) == {*reproduce.FIGURES, "samples"}
     assert len(entry["diversity_by_class"]) == 10 and set(entry["seconds"]) >= {"pairs", "train"}

@@ -124,9 +124,14 @@ def sd_run(sd, sd_pairs, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_from_pairs_to_pictures_by_command(sd, sd_pairs, tmp_path):
-    assert Image.open(sd_pairs / "preview.png").mode == "RGB"
-    options = train_options(sd, sd_pairs, tmp_path / "runs" / "sd15")
+def test_from_prompts_to_pictures_by_command(sd, tmp_path):
+    options = pairs_options(sd, tmp_path / "pairs", prompts=sd / "prompts.txt.gz", guidance=3)
+    result = run(*command("make_pairs.py", options), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("5 pairs of sd15 in ")
+    assert Image.open(tmp_path / "pairs" / "preview.png").mode == "RGB"
+
+    options = train_options(sd, tmp_path / "pairs", tmp_path / "runs" / "sd15")
     result = run(*command("train.py", options), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     with open(tmp_path / "runs" / "sd15" / "log.csv", newline="") as file:
@@ -503,6 +508,7 @@ def test_bad_options_of_make_pairs(sd, tmp_path, monkeypatch, capsys, change, wo
         ({"prompt": ["cat"], "teacher": True, "steps": 1}, "2 to 999"),
         ({"prompt": ["cat"], "guidance": 0}, "--guidance must be above 0"),
         ({"prompt": ["cat"], "out": "x.jpg"}, "--out must be a .png or a folder"),
+        ({"prompt": ["cat"], "out": "x", "seeds": "0-2,1"}, "--seeds names a seed twice"),
         ({"checkpoint": "cut.bin"}, "cut.bin is damaged or of another kind"),
         ({"checkpoint": "empty"}, "empty/generator.safetensors does not exist"),
     ],
