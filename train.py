@@ -38,7 +38,7 @@ from dmd_loss import (
     regression_loss,
 )
 from plumbing.devices import Ranks, autocast, join_ranks, pick_amp, share, to
-from plumbing.optim import Learner, Unfinished
+from plumbing.optim import Learner, Unfinished, average_decay
 from plumbing.options import UserError, run_script
 from plumbing.pairs import Pairs, draw_rows, sample_noise
 from plumbing.rundir import (
@@ -56,8 +56,8 @@ from workloads import Workload, get_workload
 
 # The options of this command, all of them of workloads.py.
 FLAGS = """
-    dataset teacher pairs out seed steps batch_size batch_size_ref learning_rate fake_lr_ratio ema
-    lambda_dm lambda_reg distance weighting max_dm_step decoder
+    dataset teacher pairs out seed steps batch_size batch_size_ref learning_rate beta1 fake_lr_ratio
+    ema lambda_dm lambda_reg distance weighting max_dm_step decoder
     amp device accumulate compile shard_optimizer save_every save_minutes keep
 """
 
@@ -114,12 +114,13 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
     # sd15, whose UNet ends in a convolution that has to be float32.
     torch.backends.cudnn.allow_tf32 = amp != "off" and not config.latent
     how = dict(
-        warmup=config.warmup, betas=config.betas, weight_decay=config.weight_decay,
+        warmup=config.warmup, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         grad_clip=config.grad_clip, fp16=config.amp == "fp16", shard=config.shard_optimizer,
     )  # fmt: skip
+    decay = partial(average_decay, share=config.ema) if config.ema else None
     peak, peak_fake = config.learning_rate, config.learning_rate * config.fake_lr_ratio
     learners = (
-        Learner(G, ranks, peak, ema=config.ema, **how),
+        Learner(G, ranks, peak, decay=decay, **how),
         Learner(mu_fake, ranks, peak_fake, **how),
     )
     if config.compile:

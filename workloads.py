@@ -64,7 +64,8 @@ class Workload(Options):
     batch_size_ref: int = option(MISSING, "paired ones (default: in proportion)", least=1)
     learning_rate: float = option(MISSING, "G's, after the warm-up", least=0)
     weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
+    beta1: float = option(0.9, "of AdamW; 0: no momentum", least=0, below=1)
+    beta2: float = 0.999
     phases: tuple[tuple[int, dict], ...] = ()  # (until this step, what is different), see `at`
     warmup: int = 500  # steps, linear
     grad_clip: float = 10.0  # L2 norm, each network by itself
@@ -73,7 +74,7 @@ class Workload(Options):
 
     # Not in the paper, and off in its workloads.
     fake_lr_ratio: float = option(1.0, "mu_fake's learning rate over G's", least=0)
-    ema: float = option(0.0, "moving average of G's weights, 0 = off", least=0, below=1)
+    ema: float = option(0.0, "share of the run that G is averaged over, 0 = off", least=0, most=1)
 
     # How it is run: nothing here changes the result beyond rounding.
     out: str = option(MISSING, "run folder", free=True)
@@ -134,9 +135,9 @@ ROWS = {
             num_blocks=1, attn_resolutions=[7], dropout=0.0,
         ),
         teacher=str(ASSETS / "mnist_teacher.safetensors"),
-        num_pairs=2000, solver_steps=18, distance="l2", lambda_reg=0.5, max_dm_step=600,
-        steps=2000, batch_size=16, batch_size_ref=4, learning_rate=4e-4, fake_lr_ratio=5.0,
-        warmup=50, ema=0.995, save_every=100,
+        num_pairs=1000, solver_steps=18, distance="l2", lambda_reg=0.5, max_dm_step=600,
+        steps=1000, batch_size=16, batch_size_ref=4, learning_rate=6e-4, beta1=0.0,
+        fake_lr_ratio=5.0, warmup=50, ema=0.25, save_every=100,
     ),
     "cifar10": CIFAR10,
     "cifar10-uncond": CIFAR10 | dict(

@@ -95,7 +95,8 @@ def main(config: Config) -> None:
     learner = Learner(
         net, Ranks(0, 1, device), config.learning_rate, warmup=config.warmup,
         end=max(config.steps, config.warmup + 1),
-        betas=(0.9, 0.99), weight_decay=0.0, grad_clip=math.inf, ema=config.ema,
+        betas=(0.9, 0.99), weight_decay=0.0, grad_clip=math.inf,
+        decay=lambda step: min(config.ema, (step + 1) / (step + 10)),  # the start is forgotten
     )  # fmt: skip
     run = {"net": learner, "ema": learner.average}
     claim_folder(out, "config.json", config.settings())

@@ -72,7 +72,7 @@ GENERATOR = ASSETS / "mnist_generator.safetensors"
 
 # What is measured: the default recipe; and with fewer steps, all with equally many, name -> what
 # train.py is told.
-DEFAULT, STEPS = "student, default recipe", 400
+DEFAULT, STEPS = "student, default recipe", 300
 TABLE_2 = {
     "full": [],
     "without distribution matching": ["--lambda-dm", "0"],
@@ -87,6 +87,7 @@ TABLE_2 = {
 DEPARTURES = {
     "T_max = 0.98 T": ["--max-dm-step", "980"],
     "mu_fake learns at G's rate": ["--fake-lr-ratio", "1"],
+    "beta_1 = 0.9": ["--beta1", "0.9"],
     "no moving average of G": ["--ema", "0"],
     "lambda_reg = 0.25": ["--lambda-reg", "0.25"],
     "as many paired samples as unpaired": ["--batch-size-ref", "16"],

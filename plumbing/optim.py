@@ -20,10 +20,16 @@ def learning_rate(step: int, peak: float, warmup: int, end: int | None = None) -
     return peak * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def average_decay(step: int, share: float) -> float:
+    """Decay of a moving average whose memory is about this share of the steps so far, so that the
+    start is forgotten however long the run: the power-function profile of Karras et al. 2024 (arXiv
+    2312.02696), whose gamma + 1 is 1 / share."""
+    return (1 - 1 / (step + 1)) ** (1 / share)
+
+
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average; a short memory at first, so that the start is forgotten."""
-    decay = min(decay, (step + 1) / (step + 10))
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """Moving average of the weights."""
     for mean, weight in zip(average.parameters(), network.parameters(), strict=True):
         mean.lerp_(weight, 1 - decay)
 
@@ -49,7 +55,7 @@ class Learner:
         grad_clip: largest L2 norm of the gradient.
         fp16: scale the loss, or small gradients would be zero in half precision.
         shard: spread AdamW's state over the ranks.
-        ema: decay of the moving average of the weights; 0: none.
+        decay: step -> decay of the moving average of the weights; None: no average.
 
     Attributes:
         network: bare, for its weights. model: the same as one calls it.
@@ -69,12 +75,12 @@ class Learner:
         grad_clip: float,
         fp16: bool = False,
         shard: bool = False,
-        ema: float = 0.0,
+        decay: Callable[[int], float] | None = None,
     ):
-        self.network, self.grad_clip, self.ema = network, grad_clip, ema
+        self.network, self.grad_clip, self.decay = network, grad_clip, decay
         self.learning_rate = partial(learning_rate, peak=peak, warmup=warmup, end=end)
         self.count, self.rank, self.sharded = 1, ranks.rank, shard and ranks.count > 1
-        self.average = copy.deepcopy(network).requires_grad_(False) if ema else network
+        self.average = copy.deepcopy(network).requires_grad_(False) if decay else network
         kind, options = torch.optim.AdamW, {"betas": betas, "weight_decay": weight_decay}
         options["fused"] = True
         if self.sharded:
@@ -125,8 +131,8 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            update_average(self.average, self.network, self.ema, step)
+        if self.decay:
+            update_average(self.average, self.network, self.decay(step))
         return norm
 
     def state_dict(self) -> dict:

@@ -73,9 +73,9 @@ def test_the_workloads_are_those_of_appendix_b():
         "sd15-guidance8": (12_000_000, 50, 1e-5, 2560, 1.0, 165_000),
     }
     for name, w in WORKLOADS.items():
-        assert (w.weight_decay, w.betas, w.grad_clip) == (0.01, (0.9, 0.999), 10.0)
+        assert (w.weight_decay, w.beta2, w.grad_clip) == (0.01, 0.999, 10.0)
         if name != "mnist":
-            assert (w.warmup, w.ema, w.fake_lr_ratio) == (500, 0.0, 1.0)
+            assert (w.warmup, w.beta1, w.ema, w.fake_lr_ratio) == (500, 0.9, 0.0, 1.0)
 
 
 def test_the_phases_are_those_of_table_5():

@@ -574,7 +574,7 @@ def test_other_pairs_are_another_run(finished_run, pairs, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [({"steps": 0}, "--steps"), ({"ema": 1.0}, "--ema"), ({"lambda_reg": -1.0}, "--lambda-reg"),
+    [({"steps": 0}, "--steps"), ({"ema": 1.5}, "--ema"), ({"lambda_reg": -1.0}, "--lambda-reg"),
      ({"learning_rate": float("nan")}, "--learning-rate"),
      ({"seed": -1}, "--seed"),
      ({"accumulate": 0}, "--accumulate"), ({"keep": 0}, "--keep"),
