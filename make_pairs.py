@@ -10,7 +10,7 @@ Labels go round the classes: pair k has class k mod classes; so do the lines of 
 Interrupt it at any time; the same command goes on at the first missing shard. It leaves preview.png
 in the folder. The last line it prints:
 
-    2000 pairs of mnist in pairs/mnist (preview: pairs/mnist/preview.png)
+    1000 pairs of mnist in pairs/mnist (preview: pairs/mnist/preview.png)
 """
 
 import math

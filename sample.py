@@ -10,7 +10,7 @@ in no training. A CPU is enough for MNIST. --teacher prints the time per image o
 Diffusion it is from text to image: the text encoder and the decoder count. The last line it
 prints, after MNIST's default run:
 
-    wrote samples.png: 100 images of mnist from runs/mnist/generator.safetensors (step 2000)
+    wrote samples.png: 100 images of mnist from runs/mnist/generator.safetensors (step 1000)
 """
 
 import time
