@@ -324,9 +324,8 @@ def test_without_regression_line_4_keeps_its_samples():
 @pytest.mark.slow
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_half_precision_computes_the_same(small, tmp_path, amp):
-    """The first steps' losses, to 1 %. (loss_kl starts as 0, where rounding is all there is. AdamW's
-    first step is of the rate's size whatever the gradient's: at a small one rounding stays small.)
-    """
+    """The first steps' losses, to 1 %. (loss_kl starts as 0, where rounding is all there is. The
+    rate is small: AdamW's first step is of its size, however small the gradient.)"""
     for name in ("off", amp):
         config = tiny_config(small, tmp_path / name, steps=2, amp=name, learning_rate=1e-4)
         train.main(config)
