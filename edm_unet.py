@@ -2,7 +2,6 @@
 
 Read it bottom up beside Karras et al. 2022 (arXiv 2206.00364, "EDM"):
 
-    load_edm      a file, whatever its format -> EDMPrecond, ready to sample from
     EDMDenoiser   mu(x_t, t, cond): the form in which DMD uses a teacher (T = 1000 noise levels)
     heun_sample   EDM Algorithm 1 (Algorithm 2 with S_churn = 0): the teacher's ODE solution
     EDMPrecond    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7 and Table 1
@@ -20,7 +19,6 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,9 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmd_loss import SIGMA_DATA, T
-from plumbing.edm_files import read_edm_file
-from plumbing.files import load_strictly, one_line_errors
-from plumbing.options import UserError
 
 SIGMA_MAX = 80.0  # EDM's largest noise level, where sampling starts
 
@@ -218,7 +213,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         if other := {k: v for k, v in variant.items() if (k, v) not in VARIANT.items()}:
-            raise UserError(
+            raise ValueError(
                 f"unknown architecture {other}: NCSN++ networks (EDM's '-ve' files) are not "
                 "supported; use the '-vp' file of the same dataset"
             )
@@ -323,9 +318,9 @@ class EDMPrecond(nn.Module):
     ):
         super().__init__()
         if model_type not in NETWORKS:
-            raise UserError(f"unknown model_type {model_type!r}; known: {', '.join(NETWORKS)}")
+            raise ValueError(f"unknown model_type {model_type!r}; known: {', '.join(NETWORKS)}")
         if not isinstance(sigma_data, int | float) or not 0 < sigma_data < math.inf:
-            raise UserError(f"sigma_data is {sigma_data!r} instead of a number above 0")
+            raise ValueError(f"sigma_data is {sigma_data!r} instead of a number above 0")
         self.image_shape = (img_channels, img_resolution, img_resolution)
         self.label_dim, self.sigma_data = label_dim, sigma_data
         network = {name: value for name, value in network.items() if name not in IGNORED}
@@ -414,34 +409,3 @@ class EDMDenoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """x_t (B, C, R, R), t (B,) long in 0..999, cond (B,) long or None -> estimate of x_0."""
         return self.net(x_t, self.sigma[t], cond)
-
-
-# --------------------------------------------------------------------------------------------------
-# A network out of a file
-
-
-def load_edm(path: str | Path, architectures: Sequence[dict] = ()) -> EDMPrecond:
-    """A network from a file of any format that edm_files.read_edm_file knows, in eval mode,
-    float32, on the CPU, without gradients. What else the file says is its `metadata`.
-
-    Args:
-        architectures: arguments of EDMPrecond. A file that does not record its own must have the
-            names and shapes of one of these.
-    """
-    tensors, kwargs, metadata = read_edm_file(path)
-    found = {(name, value.shape) for name, value in tensors.items()}
-
-    def differences(net: EDMPrecond) -> int:
-        return len(found ^ {(name, value.shape) for name, value in net.state_dict().items()})
-
-    with one_line_errors(Path(path)):
-        with torch.device("meta"):  # initialising millions of numbers would be in vain
-            nets = [EDMPrecond(**each) for each in ([kwargs] if kwargs else architectures)]
-        if not nets:
-            raise UserError("it does not say which network it is of; use the file of a run")
-        net = min(nets, key=differences)
-        nearest = f"the nearest takes images {net.image_shape} of {net.label_dim} classes"
-        what = "it" if kwargs else f"it fits no known network; {nearest}, beside which it"
-        load_strictly(net.to_empty(device="cpu"), tensors, what)
-    net.metadata = metadata
-    return net.eval().requires_grad_(False)

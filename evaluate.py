@@ -47,6 +47,7 @@ from plumbing.captions import clip_score, draw_missing, folder_fid, latency, opt
 from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp
 from plumbing.digits import measure
 from plumbing.downloads import fetch
+from plumbing.drawing import to_uint8
 from plumbing.fid import (
     feature_statistics,
     frechet_distance,
@@ -55,12 +56,12 @@ from plumbing.fid import (
     read_reference,
     seeded_inputs,
 )
-from plumbing.files import file_hash, to_uint8, write_json
+from plumbing.files import file_hash, write_json
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import read_prompts, sample_noise
 from plumbing.rundir import claim_folder
 from teachers import (
-    SDTeacher,
+    Teacher,
     check_teaches,
     find_generator,
     is_sd_unet,
@@ -187,7 +188,7 @@ def load_rows(config: Config, device: torch.device) -> tuple[Config, list[Row]]:
     return config, chosen
 
 
-def text_to_image(teacher: SDTeacher, solve: Callable, z: Tensor, prompts: list[str]) -> Tensor:
+def text_to_image(teacher: Teacher, solve: Callable, z: Tensor, prompts: list[str]) -> Tensor:
     """Noise (B, 4, H, W) and prompts -> images (B, 3, 8H, 8W), about [-1, 1]."""
     return teacher.decode(solve(z, teacher.encode(prompts)))
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumbing.devices import Ranks, autocast, join_ranks, pick_amp
-from plumbing.files import file_hash, read_tensors, save_grid, write_tensors
+from plumbing.drawing import save_grid
+from plumbing.files import file_hash, read_tensors, write_tensors
 from plumbing.options import UserError, run_script
 from plumbing.pairs import read_prompts, sample_noise, shards
 from plumbing.rundir import claim_folder

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from plumbing.devices import AMP, autocast, pick_amp, pick_device
-from plumbing.files import save_grid
+from plumbing.drawing import save_grid
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import sample_noise
 from teachers import check_teaches, find_generator, load_generator, load_teacher

@@ -22,6 +22,7 @@ Parameter names are those of the released files (`down_blocks.0.resnets.0.conv1.
 released weights load strictly and a distilled UNet's weights are a drop-in replacement.
 """
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -37,8 +38,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dmd_loss import T
+from plumbing.devices import DTYPES
 from plumbing.downloads import find_on_hub
-from plumbing.files import load_strictly, one_line_errors, read_json, read_tensors, torch_load
+from plumbing.files import (
+    file_hash,
+    load_strictly,
+    one_line_errors,
+    read_json,
+    read_tensors,
+    torch_load,
+)
 from plumbing.options import UserError
 
 TAESD_REPO = "madebyollin/taesd"
@@ -710,3 +719,74 @@ def read_weights(part: str, path: Path) -> dict[str, Tensor]:
             if not name.startswith(NOT_NEEDED):
                 tensors[name] = tensor.float()
     return tensors
+
+
+# --------------------------------------------------------------------------------------------------
+# As the scripts use it
+
+
+class SDTeacher:
+    """Stable Diffusion v1.x: latents, prompts as condition, guidance, PNDM solver.
+
+    Attributes as for EDMTeacher; without the UNet there is no mu_real and no image_shape.
+
+    Args:
+        guidance: scale of classifier-free guidance in mu_real and in `solve`; 1 is none.
+        decoder: of images, "tiny" or "full", unless `decode` is told otherwise.
+    """
+
+    mu_real, sigma_data, num_classes = None, None, 0
+
+    def __init__(
+        self, sd: StableDiffusion, record: dict[str, str], guidance: float, decoder: str = "tiny"
+    ):
+        self.sd, self.record, self.decoder = sd, record, decoder
+        if sd.unet is not None:
+            self.image_shape = sd.unet.image_shape
+            guided = GuidedUNet(sd.unet, sd.encode_text([""]), guidance)
+            self.mu_real = SDDenoiser(guided).eval().requires_grad_(False)
+
+    def to(self, device: torch.device, amp: str = "off") -> "SDTeacher":
+        """Move it to a device; under `amp` the UNet and the text encoder become half precision."""
+        if self.mu_real is not None:
+            self.mu_real.to(device, memory_format=torch.channels_last)
+            self.mu_real.net.to(DTYPES[amp])  # not the noise table, which is mu_real's own
+        self.sd.text_encoder.to(device, DTYPES[amp])
+        for decoder in filter(None, (self.sd.vae, self.sd.tiny_vae)):
+            decoder.to(device, memory_format=torch.channels_last)
+        return self
+
+    def student(self) -> SDDenoiser:
+        """A trainable copy, without guidance; before `to` it is float32."""
+        unet = copy.deepcopy(self.sd.unet)
+        unet.gradient_checkpointing = True
+        return SDDenoiser(unet).eval().requires_grad_(True)
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Prompts -> text states (B, 77, 768) float32."""
+        return self.sd.encode_text(prompts).float()
+
+    def solve(self, z: Tensor, cond: Tensor, steps: int) -> Tensor:
+        """PNDM with guidance: z ~ N(0, I) (B, 4, H, W) -> latents y (B, 4, H, W)."""
+        return pndm_sample(self.mu_real.net, z, cond, steps)
+
+    def evaluations(self, steps: int) -> int:
+        """Network evaluations of `solve`: PNDM's first step takes two, guidance doubles them."""
+        return (steps + 1) * (1 if self.mu_real.net.scale == 1 else 2)
+
+    def decode(self, x: Tensor, decoder: str | None = None) -> Tensor:
+        """Latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
+        return self.sd.decode(x, tiny=(decoder or self.decoder) == "tiny")
+
+
+def load_sd_teacher(
+    source: str, guidance: float, decoders: Sequence[str | None], with_unet: bool = True
+) -> SDTeacher:
+    """The teacher in a folder or repository (see load_sd). `decoders`: the one of `decode`, then
+    others that will be asked for; None is none. Beside a generator, no UNet is needed."""
+    parts = ["text_encoder", *{"tiny_vae" if d == "tiny" else "vae" for d in decoders if d}]
+    sd = load_sd(source, ["unet", *parts] if with_unet else parts)
+    record = {"name": source}
+    if with_unet:
+        record["sha256"] = file_hash(find_weights("unet", source)[0])
+    return SDTeacher(sd, record, guidance, decoders[0])

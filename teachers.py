@@ -20,21 +20,11 @@ import torch
 from torch import Tensor
 
 from dmd_loss import OneStepGenerator
-from edm_unet import SIGMA_MAX, EDMDenoiser, EDMPrecond, heun_sample, load_edm
-from plumbing.devices import DTYPES
+from edm_unet import SIGMA_MAX, EDMDenoiser, EDMPrecond, heun_sample
 from plumbing.downloads import fetch
-from plumbing.edm_files import file_format
+from plumbing.edm_files import file_format, load_edm
 from plumbing.files import file_hash, one_line, one_line_errors, read_header, torch_load
 from plumbing.options import UserError
-from sd_loader import (
-    GuidedUNet,
-    SDDenoiser,
-    StableDiffusion,
-    find_weights,
-    load_network,
-    load_sd,
-    pndm_sample,
-)
 from workloads import ASSETS, WORKLOADS, Workload
 
 # What a bare state dict may be: it is recognised by its names and shapes.
@@ -83,61 +73,7 @@ class EDMTeacher:
         return x
 
 
-class SDTeacher:
-    """Stable Diffusion v1.x: latents, prompts as condition, guidance, PNDM solver.
-
-    Attributes as for EDMTeacher; without the UNet there is no mu_real and no image_shape.
-
-    Args:
-        guidance: scale of classifier-free guidance in mu_real and in `solve`; 1 is none.
-        decoder: of images, "tiny" or "full", unless `decode` is told otherwise.
-    """
-
-    mu_real, sigma_data, num_classes = None, None, 0
-
-    def __init__(
-        self, sd: StableDiffusion, record: dict[str, str], guidance: float, decoder: str = "tiny"
-    ):
-        self.sd, self.record, self.decoder = sd, record, decoder
-        if sd.unet is not None:
-            self.image_shape = sd.unet.image_shape
-            guided = GuidedUNet(sd.unet, sd.encode_text([""]), guidance)
-            self.mu_real = SDDenoiser(guided).eval().requires_grad_(False)
-
-    def to(self, device: torch.device, amp: str = "off") -> "SDTeacher":
-        """Move it to a device; under `amp` the UNet and the text encoder become half precision."""
-        if self.mu_real is not None:
-            self.mu_real.to(device, memory_format=torch.channels_last)
-            self.mu_real.net.to(DTYPES[amp])  # not the noise table, which is mu_real's own
-        self.sd.text_encoder.to(device, DTYPES[amp])
-        for decoder in filter(None, (self.sd.vae, self.sd.tiny_vae)):
-            decoder.to(device, memory_format=torch.channels_last)
-        return self
-
-    def student(self) -> SDDenoiser:
-        """A trainable copy, without guidance; before `to` it is float32."""
-        unet = copy.deepcopy(self.sd.unet)
-        unet.gradient_checkpointing = True
-        return SDDenoiser(unet).eval().requires_grad_(True)
-
-    def encode(self, prompts: list[str]) -> Tensor:
-        """Prompts -> text states (B, 77, 768) float32."""
-        return self.sd.encode_text(prompts).float()
-
-    def solve(self, z: Tensor, cond: Tensor, steps: int) -> Tensor:
-        """PNDM with guidance: z ~ N(0, I) (B, 4, H, W) -> latents y (B, 4, H, W)."""
-        return pndm_sample(self.mu_real.net, z, cond, steps)
-
-    def evaluations(self, steps: int) -> int:
-        """Network evaluations of `solve`: PNDM's first step takes two, guidance doubles them."""
-        return (steps + 1) * (1 if self.mu_real.net.scale == 1 else 2)
-
-    def decode(self, x: Tensor, decoder: str | None = None) -> Tensor:
-        """Latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
-        return self.sd.decode(x, tiny=(decoder or self.decoder) == "tiny")
-
-
-Teacher = EDMTeacher | SDTeacher
+Teacher = EDMTeacher  # or sd_loader.SDTeacher, which is used in the same way
 
 
 def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
@@ -147,13 +83,10 @@ def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
     """
     source = workload.teacher
     if workload.latent:
-        decoders = {workload.decoder, *(values.get("decoder") for _, values in workload.phases)}
-        parts = ["text_encoder", *("tiny_vae" if d == "tiny" else "vae" for d in decoders if d)]
-        sd = load_sd(source, ["unet", *parts] if with_unet else parts)
-        record = {"name": source}
-        if with_unet:
-            record["sha256"] = file_hash(find_weights("unet", source)[0])
-        return SDTeacher(sd, record, workload.guidance, workload.decoder)
+        from sd_loader import load_sd_teacher  # here, because MNIST and EDM do without it
+
+        decoders = (workload.decoder, *(values.get("decoder") for _, values in workload.phases))
+        return load_sd_teacher(source, workload.guidance, decoders, with_unet)
     if not source:
         raise UserError("give the file of your network: --teacher FILE, or --teacher-weights FILE")
     path = fetch(source)
@@ -208,6 +141,8 @@ def load_generator(path: Path) -> tuple[OneStepGenerator, dict[str, str]]:
     Also from others' EDM checkpoints, whose dataset is told by the network's images, and from UNets
     of Stable Diffusion v1.x under diffusers' names."""
     if is_sd_unet(path):
+        from sd_loader import SDDenoiser, load_network
+
         metadata = read_header(path)[1] if file_format(path) == "safetensors" else {}
         config = json.loads(metadata.get("kwargs", "null"))  # None: as beside, or SD v1.5's
         mu = SDDenoiser(load_network("unet", path, config).requires_grad_(False))

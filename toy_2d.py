@@ -20,14 +20,12 @@ Device: CPU, about 20 seconds. It prints how the samples spread, and last:
     wrote figure3.png
 """
 
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -43,7 +41,7 @@ from dmd_loss import (
     regression_loss,
 )
 from edm_unet import EDMDenoiser, heun_sample, preconditioning
-from plumbing.files import write_figure, write_film
+from plumbing.drawing import draw_film, draw_panels, write_figure
 from plumbing.options import Options, option, run_script
 from plumbing.pairs import generator, normal, sample_noise, uniform
 
@@ -235,27 +233,12 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return share, spread
 
 
-def draw_panels(panels: dict[str, Tensor], width: float, height: float):
-    """Each panel's samples, (B, 2, 1, 1), over real ones and their density -> a figure."""
-    from matplotlib.figure import Figure  # late, see options.py
-
+def draw(panels: dict[str, Tensor], size: tuple[float, float]):
+    """Each panel's samples, (B, 2, 1, 1), over real ones -> a figure of this size in inches."""
     real = MODES.repeat(700, 1) + STD * sample_noise("pictures", 0, range(1400), (2,))
-    x, y = torch.linspace(-0.9, 0.9, 181), torch.linspace(-0.4, 0.4, 81)
-    distance = torch.cdist(torch.cartesian_prod(x, y), MODES).reshape(181, 81, 2)
-    density = (-((distance / STD) ** 2) / 2).exp().sum(dim=2).T
-    levels = [math.exp(-(k**2) / 2) for k in (3, 2, 1)]  # k standard deviations from a mode
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, len(panels))
-    for axis, (title, samples) in zip(axes, panels.items(), strict=True):
-        axis.scatter(*real.T, s=2, color="#9ecae1", label="real")
-        axis.contour(x, y, density, levels, colors="#3182bd", linewidths=0.8)
-        axis.scatter(*samples[:1400].flatten(1).T, s=2, color="#d94801", label="generated")
-        near, far = statistics(samples)[0].tolist()
-        axis.set(title=title, xlabel=f"near mode {near:.0%}, far mode {far:.0%}")
-        axis.set(xlim=(-0.9, 0.9), ylim=(-0.4, 0.4), aspect="equal", xticks=[], yticks=[])
-    axes[0].legend(loc="lower center", ncols=2, markerscale=4, frameon=False)
-    return figure
+    shares = [statistics(samples)[0].tolist() for samples in panels.values()]
+    labels = [f"near mode {near:.0%}, far mode {far:.0%}" for near, far in shares]
+    return draw_panels(panels, labels, real, MODES, STD, size)
 
 
 @torch.no_grad()
@@ -267,27 +250,6 @@ def look(
     samples, (use_fake_score, _) = generate(G, seed, 1400), PANELS[panel]
     x, t = samples[:ARROWS], torch.full((ARROWS,), FILM_T)
     return samples, mu_real(x, t) - x, (mu_fake(x, t) - x) * use_fake_score
-
-
-def draw_film(path: Path, films: dict[str, list[tuple]], moments: list[int]) -> None:
-    """The figure at several moments. Arrows: blue the real score, which pulls towards real data,
-    brown the fake one turned round, which pushes the samples apart, black their sum: -Eq. 7."""
-    pictures = []
-    for k, step in enumerate(tqdm(moments, desc="film")):
-        figure = draw_panels({panel: film[k][0] for panel, film in films.items()}, 12, 2.4)
-        for axis, film in zip(figure.axes, films.values(), strict=True):
-            samples, real, fake = film[k]
-            at = samples[:ARROWS].flatten(1).T
-            for arrows, colour, width in (
-                (real, "#08519c", 0.004), (-fake, "#7f2704", 0.004), (real - fake, "black", 0.006),
-            ):  # fmt: skip
-                how = {"angles": "xy", "scale_units": "xy", "scale": 1, "zorder": 3}
-                axis.quiver(*at, *arrows.flatten(1).T, color=colour, width=width, **how)
-        figure.suptitle(f"step {step}", x=0.005, ha="left")
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=80)
-        pictures.append(Image.open(picture).convert("RGB").quantize(48))
-    write_film(path, pictures)
 
 
 def main(config: Config) -> None:
@@ -311,9 +273,9 @@ def main(config: Config) -> None:
             row = f"{panel:26} {name:4} {share[mode]:8.1%}"
             print(row + "".join(f"{s:10.2f}" for s in spread[mode]).replace("nan", "  -"))
 
-    write_figure(Path(config.out), draw_panels(samples, 14, 2.2))
+    write_figure(Path(config.out), draw(samples, (14, 2.2)))
     if config.film:
-        draw_film(Path(config.film), films, moments)
+        draw_film(Path(config.film), films, moments, draw)
         print(f"wrote {config.film}")
     print(f"wrote {config.out}")
 

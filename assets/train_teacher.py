@@ -32,7 +32,8 @@ from dmd_loss import denoising_weight
 from edm_unet import EDMPrecond, heun_sample
 from plumbing.devices import Ranks, pick_device, to
 from plumbing.digits import load_mnist
-from plumbing.files import atomic_path, save_grid, write_csv, write_tensors
+from plumbing.drawing import save_grid
+from plumbing.files import atomic_path, write_csv, write_tensors
 from plumbing.optim import Learner
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import generator, normal, sample_noise

@@ -52,11 +52,11 @@ from plumbing.digits import (
     measure,
     neighbours,
 )
+from plumbing.drawing import save_grid
 from plumbing.files import (
     file_hash,
     read_json,
     read_tensors,
-    save_grid,
     write_bytes,
     write_json,
     write_tensors,

@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from plumbing.devices import AMP
-from plumbing.files import read_json, write_figure
+from plumbing.drawing import write_figure
+from plumbing.files import read_json
 from plumbing.options import Options, UserError, option, run_script
 from workloads import ASSETS, get_workload
 

@@ -26,8 +26,9 @@ from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from plumbing.devices import Ranks
+from plumbing.drawing import save_grid
 from plumbing.fid import read_image
-from plumbing.files import atomic_path, one_line, one_line_errors, save_grid
+from plumbing.files import atomic_path, one_line, one_line_errors
 from plumbing.options import UserError
 
 SIZE = 256  # pixels along each side, for every figure

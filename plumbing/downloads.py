@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 
-from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 from tqdm import tqdm
 
 from plumbing.files import atomic_path, file_hash, one_line
@@ -48,6 +47,8 @@ def find_on_hub(repo: str, names: Sequence[str]) -> Path:
     if repo.count("/") != 1 or not all(names):
         what = "neither a folder here nor a Hub repository (owner/name)"
         raise UserError(f"{repo} is {what}; a file of one is hf://owner/name/file")
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache  # slow to import
+
     offline = False
     for name in names:
         try:

@@ -8,7 +8,7 @@ NVIDIA's even carry the source of their networks, to be executed. Here
     rebuild     gives the second pickle, which hides in every tensor's bytes, to torch.load with
                 weights_only=True (as torch.save's files), and checks the tensor's bounds
 
-Names and shapes are compared where a network is built (edm_unet.load_edm). A file made to fill the
+load_edm builds the network and compares names and shapes. A file made to fill the
 memory, or to keep Python busy, is not defended against; it can do no more than that.
 """
 
@@ -16,14 +16,15 @@ import io
 import json
 import pickle
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plumbing.files import one_line_errors, read_tensors, torch_load
+from edm_unet import EDMPrecond
+from plumbing.files import load_strictly, one_line_errors, read_tensors, torch_load
 from plumbing.options import UserError
 
 # The generator of github.com/devrimcavusoglu/dmd was trained one step below sigma = 80, at
@@ -31,6 +32,36 @@ from plumbing.options import UserError
 MODEL_G_SIGMA = 79.56382521581216
 
 MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # opens torch.save's older format
+
+
+def load_edm(path: str | Path, architectures: Sequence[dict] = ()) -> EDMPrecond:
+    """A network from a file of any format that read_edm_file knows: in eval mode, float32, on the
+    CPU, without gradients. The file's metadata is its attribute `metadata`.
+
+    Args:
+        architectures: arguments of EDMPrecond. A file that does not record its own must have the
+            names and shapes of one of these.
+    """
+    tensors, kwargs, metadata = read_edm_file(path)
+    found = {(name, value.shape) for name, value in tensors.items()}
+
+    def differences(net: EDMPrecond) -> int:
+        return len(found ^ {(name, value.shape) for name, value in net.state_dict().items()})
+
+    with one_line_errors(Path(path)):
+        try:
+            with torch.device("meta"):  # do not spend time on initialising the weights
+                nets = [EDMPrecond(**each) for each in ([kwargs] if kwargs else architectures)]
+        except ValueError as error:  # an architecture that is not supported
+            raise UserError(str(error)) from error
+        if not nets:
+            raise UserError("it does not say which network it is of; use the file of a run")
+        net = min(nets, key=differences)
+        nearest = f"the nearest takes images {net.image_shape} of {net.label_dim} classes"
+        what = "it" if kwargs else f"it fits no known network; {nearest}, beside which it"
+        load_strictly(net.to_empty(device="cpu"), tensors, what)
+    net.metadata = metadata
+    return net.eval().requires_grad_(False)
 
 
 def read_edm_file(path: str | Path) -> tuple[dict[str, Tensor], dict | None, dict[str, Any]]:

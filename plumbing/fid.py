@@ -9,7 +9,7 @@ FID is lower for more images and varies with the seeds, so only equal protocols 
                 noise. Neither the batch size nor the number of ranks matters.
     counting    50,000 images, thrice, with the seeds 0-49999, 50000-99999 and 100000-149999; the
                 least FID is reported.
-    rounding    uint8 by x * 127.5 + 128, clamped (files.to_uint8), before the features. The
+    rounding    uint8 by x * 127.5 + 128, clamped (drawing.to_uint8), before the features. The
                 network itself resizes to 299x299, as TensorFlow 1 did.
     sums        Mean and covariance (denominator N - 1) in float64. Reference statistics are an
                 .npz with `mu` and `sigma`, of the training images, all of them.

@@ -15,7 +15,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -74,39 +73,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict, **othe
     cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = {"dmd": json.dumps(metadata, sort_keys=True), **others}
     write_bytes(path, safetensors.torch.save(cpu, entries))
-
-
-def write_figure(path: Path, figure) -> None:
-    """Write a matplotlib figure as PNG, atomically."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
-def write_film(path: Path, frames: list[Image.Image]) -> None:
-    """Write pictures as a GIF, atomically: five a second, the last one for longer, again and
-    again."""
-    how = {"save_all": True, "append_images": frames[1:], "loop": 0, "optimize": True}
-    how["duration"] = [200] * (len(frames) - 1) + [2000]  # milliseconds
-    with atomic_path(path) as temporary:
-        frames[0].save(temporary, format="GIF", **how)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] -> uint8, by EDM's rule x * 127.5 + 128, clamped."""
-    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
-def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> None:
-    """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, as one PNG, row by row, with `gap` pixels
-    of light grey between them, magnified `scale` times (a whole number)."""
-    from torchvision.utils import make_grid  # slow to import
-
-    grid = make_grid(to_uint8(images.detach().cpu()), columns, gap, pad_value=200)
-    grid = grid[: images.shape[1]]  # of one channel it makes three
-    picture = Image.fromarray(grid.permute(1, 2, 0).squeeze(2).numpy())
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-    with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,13 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumbing.devices import Ranks
+from plumbing.drawing import draw_curves, save_grid, write_film
 from plumbing.files import (
     atomic_path,
     read_json,
-    save_grid,
     write_csv,
-    write_figure,
-    write_film,
     write_json,
     write_tensors,
 )
@@ -141,20 +139,6 @@ def keep_copies(out: Path, step: int, keep: int) -> None:
         copies = out.glob(f"{path.stem}_[0-9]*{path.suffix}")
         for old in sorted(copies, key=lambda copy: copy.stat().st_mtime_ns)[:-keep]:
             old.unlink()
-
-
-def draw_curves(path: Path, rows: list[dict]) -> None:
-    """curves.png: every logged scalar against the step."""
-    from matplotlib.figure import Figure  # late, see options.py
-
-    steps = [int(row["step"]) for row in rows]
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    for axis, name in zip(figure.subplots(2, 3, sharex=True).flat, SHOWN, strict=True):
-        values = [float(row[name]) for row in rows]
-        axis.plot(steps, values, linewidth=0.8)
-        axis.set(title=name, yscale="log" if max(values) > 0 else "linear", xlabel="step")
-        axis.grid(alpha=0.3)
-    write_figure(path, figure)
 
 
 class Log:

@@ -8,6 +8,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
@@ -136,7 +137,7 @@ def test_hugging_face(tmp_path, monkeypatch):
         assert (repo, file) == ("owner/repo", "folder/file.bin")
         return str(tmp_path / "file.bin")
 
-    monkeypatch.setattr(downloads, "hf_hub_download", there)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", there)
     assert fetch("hf://owner/repo/folder/file.bin") == tmp_path / "file.bin"
     for error, said in (
         (errors.LocalEntryNotFoundError("no\nnetwork"), "holds none of file.bin"),
@@ -146,6 +147,6 @@ def test_hugging_face(tmp_path, monkeypatch):
         def absent(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(downloads, "hf_hub_download", absent)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
         fails(tmp_path, "hf://owner/repo/file.bin", "owner/repo", said)
     fails(tmp_path, "hf://owner/repo", "hf://owner/name/file")

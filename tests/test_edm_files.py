@@ -18,9 +18,9 @@ import torch
 from test_edm_unet import golden
 from torch import nn
 
-from edm_unet import EDMPrecond, karras_sigmas, load_edm
+from edm_unet import EDMPrecond, karras_sigmas
 from plumbing import edm_files
-from plumbing.edm_files import read_edm_file
+from plumbing.edm_files import load_edm, read_edm_file
 from plumbing.files import write_tensors
 from plumbing.options import UserError
 

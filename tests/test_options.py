@@ -11,12 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from plumbing.devices import autocast, others_alive, pick_amp, pick_device, share
+from plumbing.drawing import save_grid, to_uint8
 from plumbing.files import (
     atomic_path,
     read_header,
     read_tensors,
-    save_grid,
-    to_uint8,
     write_bytes,
     write_tensors,
 )

@@ -14,7 +14,8 @@ import make_pairs
 import sample
 import train
 from edm_unet import EDMPrecond
-from plumbing.files import read_tensors, save_grid, write_tensors
+from plumbing.drawing import save_grid
+from plumbing.files import read_tensors, write_tensors
 from plumbing.options import UserError
 from teachers import load_generator
 from workloads import EDM_NUMBERS, WORKLOADS, get_workload

@@ -5,6 +5,7 @@ import shutil
 import zlib
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,6 @@ from huggingface_hub import errors
 from safetensors.torch import save_file
 
 import sd_loader
-from plumbing import downloads
 from plumbing.files import load_strictly, write_tensors
 from plumbing.options import UserError
 from sd_loader import (
@@ -673,8 +673,8 @@ def hub(monkeypatch, sd_folder):
         return str(file)
 
     cache = lambda repo, path: Hub.cached.get(path)  # noqa: E731
-    monkeypatch.setattr(downloads, "hf_hub_download", download)
-    monkeypatch.setattr(downloads, "try_to_load_from_cache", cache)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cache)
     return Hub
 
 

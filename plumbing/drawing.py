@@ -1,0 +1,123 @@
+"""What is looked at: grids of pictures, films, curves, and Figure 3."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from plumbing.files import atomic_path
+
+
+def write_figure(path: Path, figure) -> None:
+    """Write a matplotlib figure as PNG, atomically."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def write_film(path: Path, frames: list[Image.Image]) -> None:
+    """Write pictures as a GIF, atomically: five a second, the last one for longer, again and
+    again."""
+    how = {"save_all": True, "append_images": frames[1:], "loop": 0, "optimize": True}
+    how["duration"] = [200] * (len(frames) - 1) + [2000]  # milliseconds
+    with atomic_path(path) as temporary:
+        frames[0].save(temporary, format="GIF", **how)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8, by EDM's rule x * 127.5 + 128, clamped."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> None:
+    """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, as one PNG, row by row, with `gap` pixels
+    of light grey between them, magnified `scale` times (a whole number)."""
+    from torchvision.utils import make_grid  # slow to import
+
+    grid = make_grid(to_uint8(images.detach().cpu()), columns, gap, pad_value=200)
+    grid = grid[: images.shape[1]]  # of one channel it makes three
+    picture = Image.fromarray(grid.permute(1, 2, 0).squeeze(2).numpy())
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def draw_curves(path: Path, rows: list[dict]) -> None:
+    """Plot every logged scalar but the learning rate against the step."""
+    from matplotlib.figure import Figure  # late, see options.py
+
+    steps = [int(row["step"]) for row in rows]
+    names = [name for name in rows[0] if name not in ("step", "learning_rate")]
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axis, name in zip(figure.subplots(2, 3, sharex=True).flat, names, strict=True):
+        values = [float(row[name]) for row in rows]
+        axis.plot(steps, values, linewidth=0.8)
+        axis.set(title=name, yscale="log" if max(values) > 0 else "linear", xlabel="step")
+        axis.grid(alpha=0.3)
+    write_figure(path, figure)
+
+
+# --------------------------------------------------------------------------------------------------
+# Figure 3 (toy_2d.py)
+
+
+def draw_panels(
+    panels: dict[str, Tensor], labels: list[str], real: Tensor, modes: Tensor, std: float, size
+):
+    """Samples in the plane -> a matplotlib figure with one panel for each entry of `panels`.
+
+    Args:
+        panels: title -> generated samples (B, 2, 1, 1); labels: a line below each panel.
+        real: real samples (N, 2), drawn behind; modes (M, 2), std: the Gaussians they come from,
+            drawn as contours at 1, 2 and 3 standard deviations.
+        size: width and height of the figure in inches.
+    """
+    from matplotlib.figure import Figure  # late, see options.py
+
+    x, y = torch.linspace(-0.9, 0.9, 181), torch.linspace(-0.4, 0.4, 81)
+    distance = torch.cdist(torch.cartesian_prod(x, y), modes).reshape(181, 81, len(modes))
+    density = (-((distance / std) ** 2) / 2).exp().sum(dim=2).T
+    levels = [math.exp(-(k**2) / 2) for k in (3, 2, 1)]
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for axis, (title, samples), label in zip(axes, panels.items(), labels, strict=True):
+        axis.scatter(*real.T, s=2, color="#9ecae1", label="real")
+        axis.contour(x, y, density, levels, colors="#3182bd", linewidths=0.8)
+        axis.scatter(*samples[:1400].flatten(1).T, s=2, color="#d94801", label="generated")
+        axis.set(title=title, xlabel=label, xticks=[], yticks=[])
+        axis.set(xlim=(-0.9, 0.9), ylim=(-0.4, 0.4), aspect="equal")
+    axes[0].legend(loc="lower center", ncols=2, markerscale=4, frameon=False)
+    return figure
+
+
+def draw_film(path: Path, films: dict[str, list[tuple]], steps: list[int], draw: Callable) -> None:
+    """Write the panels at several steps as a film, with the scores as arrows.
+
+    The real score (blue) pulls samples towards real data; the fake score, turned round (brown),
+    pushes them apart; their sum (black) is the negative of Eq. 7's gradient.
+
+    Args:
+        films: panel -> for every step, samples (B, 2, 1, 1) and, of the first ones, the two scores
+            (A, 2, 1, 1).
+        draw: {panel: samples}, size -> a figure, as draw_panels makes it.
+    """
+    pictures = []
+    for k, step in enumerate(tqdm(steps, desc="film")):
+        figure = draw({panel: film[k][0] for panel, film in films.items()}, (12, 2.4))
+        for axis, film in zip(figure.axes, films.values(), strict=True):
+            samples, real, fake = film[k]
+            at = samples[: len(real)].flatten(1).T
+            for arrows, colour, width in (
+                (real, "#08519c", 0.004), (-fake, "#7f2704", 0.004), (real - fake, "black", 0.006),
+            ):  # fmt: skip
+                how = {"angles": "xy", "scale_units": "xy", "scale": 1, "zorder": 3}
+                axis.quiver(*at, *arrows.flatten(1).T, color=colour, width=width, **how)
+        figure.suptitle(f"step {step}", x=0.005, ha="left")
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=80)
+        pictures.append(Image.open(picture).convert("RGB").quantize(48))
+    write_film(path, pictures)
