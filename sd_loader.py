@@ -1,12 +1,11 @@
 """Stable Diffusion v1.5 by hand: its four networks, tokenizer, guidance, sampler and weights.
 
-Read it beside Rombach et al. 2022 (arXiv 2112.10752, latent diffusion). A picture is made by
+Read it beside Rombach et al. 2022 (arXiv 2112.10752, latent diffusion). A picture is made in three
+steps, of which DMD replaces the many UNet calls of the second by one:
 
     prompts -> CLIPTokenizer -> ids (B, 77) -> TextEncoder -> text states (B, 77, 768)
     z ~ N(0, I) (B, 4, 64, 64), text states -> UNet, many times -> latents (B, 4, 64, 64)
     latents -> VAEDecoder, or the 40 times smaller TinyDecoder -> images (B, 3, 512, 512)
-
-and the many calls of the UNet are what DMD replaces by one. In the order of this file:
 
     sd_noise_table                alpha_t, sigma_t of the T = 1000 noise levels
     UNet                          eps(x_t, t, text), the noise prediction
@@ -14,12 +13,13 @@ and the many calls of the UNet are what DMD replaces by one. In the order of thi
     TextEncoder                   CLIP ViT-L/14's text half (Radford et al. 2021, arXiv 2103.00020)
     VAEDecoder, TinyDecoder       latents to images (TinyDecoder: TAESD of O. Boer Bohan, 2023)
     GuidedUNet                    classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598)
-    SDDenoiser                    mu(x_t, t, cond): the form in which DMD uses a UNet, Eq. 11
+    SDDenoiser                    mu(x_t, t, cond), DMD's view of a UNet, Eq. 11
     pndm_sample                   the teacher's ODE solution (Liu et al. 2022, arXiv 2202.09778)
-    load_sd                       weights: a folder in the diffusers layout, or a repository of it
+    load_sd                       weights, from a folder in the diffusers layout or from the Hub
+    SDTeacher, load_sd_teacher    all of this as the teacher that the scripts use
 
-Parameter names are those of the released files (`down_blocks.0.resnets.0.conv1.weight`, ...), so
-released weights load strictly and a distilled UNet's weights are a drop-in replacement.
+Parameter names are those of the released files (`down_blocks.0.resnets.0.conv1.weight`, ...):
+released weights load strictly, and a distilled UNet can replace the original.
 """
 
 import copy
@@ -50,14 +50,12 @@ from plumbing.files import (
 )
 from plumbing.options import UserError
 
-TAESD_REPO = "madebyollin/taesd"
-
-# The fields of the config files that are read, as they are in SD v1.5. A folder's own values win.
+# The fields that are read from the config files, with SD v1.5's values as defaults.
 SD15 = {
     "unet": dict(
         sample_size=64,  # of the latents, pixels along each side
         block_out_channels=[320, 640, 1280, 1280], layers_per_block=2, norm_num_groups=32,
-        cross_attention_dim=768, attention_head_dim=8,  # the *number* of heads, by a mistake
+        cross_attention_dim=768, attention_head_dim=8,  # misnamed: the *number* of heads
     ),
     "text_encoder": dict(
         vocab_size=49408, max_position_embeddings=77, hidden_size=768, intermediate_size=3072,
@@ -88,13 +86,13 @@ conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 def named(modules: dict) -> nn.Sequential:
-    """nn.Sequential of modules by name, dicts in dicts, for the released files' parameter names."""
+    """nn.Sequential with the released files' names; a dict in `modules` is a Sequential in it."""
     pairs = [(name, named(m) if isinstance(m, dict) else m) for name, m in modules.items()]
     return nn.Sequential(OrderedDict(pairs))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, is_causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(C / heads)) v in every head; (B, N, C), 2 x (B, M, C) -> (B, N, C)."""
+    """softmax(q k^T / sqrt(C / heads)) v per head; q (B, N, C), k and v (B, M, C) -> (B, N, C)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     a = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)  # (B, heads, N, C/heads)
     return a.transpose(1, 2).flatten(2)
@@ -139,7 +137,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A TransformerBlock of the pixels: x (B, C, H, W), text (B, 77, 768) -> (B, C, H, W)."""
+    """A TransformerBlock on the pixels: x (B, C, H, W), text (B, 77, 768) -> (B, C, H, W)."""
 
     def __init__(self, width: int, text_width: int, heads: int, groups: int):
         super().__init__()
@@ -155,9 +153,9 @@ class SpatialTransformer(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, twice, beside a skip path; the embedding is added in the middle.
+    """Twice norm, SiLU, conv, beside a skip path; the time embedding is added in the middle.
 
-    x (B, c_in, H, W), emb (B, emb_width) after its SiLU -> (B, c_out, H, W); the VAE has no emb.
+    x (B, c_in, H, W), emb (B, emb_width) after its SiLU -> (B, c_out, H, W). The VAE has no emb.
     """
 
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, emb_width: int = 0):
@@ -178,10 +176,10 @@ class ResnetBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """What happens at one resolution: layers, then a change of resolution or none.
+    """The layers at one resolution, then downsampling, upsampling or neither.
 
-    x (B, C, H, W) -> (B, width, H, W), or H/2, W/2 (down), or 2H, 2W (up). Layer i is a resnet, of
-    inputs[i] channels and with the settings `resnet`, then attentions[i] if there is one.
+    x (B, C, H, W) -> (B, width, H, W), or H/2, W/2 (down), or 2H, 2W (up). Layer i is a ResnetBlock
+    of inputs[i] channels with the settings `resnet`, then attentions[i] if there is one.
     """
 
     def __init__(self, inputs: list, width: int, resnet: dict, attentions=(), down=False, up=False):
@@ -193,20 +191,16 @@ class Stage(nn.Module):
         self.upsamplers = named({"0": {"up": double, "conv": conv3x3(width, width)}} if up else {})
 
     def layer(self, i: int, x: Tensor, emb=None, text=None, skip=None) -> Tensor:
-        """Layer i of x (B, C, H, W), or of x and skip (B, C', H, W), channel beside channel."""
+        """Layer i on x (B, C, H, W), concatenated with skip (B, C', H, W) if that is given."""
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         x = self.resnets[i](x, emb)
         return self.attentions[i](x, text) if i < len(self.attentions) else x
 
-    def resample(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H/2, W/2), or (B, C, 2H, 2W), or as it is."""
-        return self.upsamplers(self.downsamplers(x))
-
     def forward(self, x: Tensor, emb: Tensor | None = None, text: Tensor | None = None) -> Tensor:
         for i in range(len(self.resnets)):
             x = self.layer(i, x, emb, text)
-        return self.resample(x)
+        return self.upsamplers(self.downsamplers(x))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,16 +209,15 @@ class Stage(nn.Module):
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Cosines, then sines, of t (B,) at geometric frequencies from 1 towards 1e-4 -> (B, width)."""
-    half = width // 2
-    k = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / half)
+    k = torch.arange(width // 2, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / len(k))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def in_float32(layers: nn.Module, x: Tensor) -> Tensor:
-    """layers(x) in float32 whatever autocast and the weights' dtype, for time embedding and output.
+    """layers(x) in float32, even under autocast or with half-precision weights.
 
-    What is rounded in eps counts sigma / alpha = 14.6 times in x at t = 999.
+    For the time embedding and the output: mu has 14.6 = sigma / alpha times eps' error at t = 999.
     """
     weights = {name: weight.float() for name, weight in layers.named_parameters()}
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
@@ -247,25 +240,19 @@ class UNet(nn.Module):
         up_blocks.3          3 x (resnet, attention)           320            64
         conv_norm_out, SiLU, conv_out                          320 -> 4       64
 
-    The outputs of conv_in, of every down layer and of every downsampler are kept, twelve in all,
-    and each layer of the up blocks takes one of them, from the last to the first.
-
-    `gradient_checkpointing`: recompute each layer in the backward pass instead of keeping its
-    activations; about a third more time, a fraction of the memory.
+    The twelve outputs of conv_in, of the down layers and of the downsamplers are kept; each of the
+    twelve up layers takes one of them, last in, first out.
     """
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = dict(config)  # all it takes to build this network again
+        self.config = dict(config)  # UNet(config) builds this network again
         self.image_shape = (4, config["sample_size"], config["sample_size"])
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # True: a third more time, a fraction of the memory
         widths, depth = config["block_out_channels"], config["layers_per_block"]
         groups, emb_width = config["norm_num_groups"], 4 * widths[0]
         resnet = {"groups": groups, "eps": 1e-5, "emb_width": emb_width}
-
-        def transformers(count, width):
-            heads, text_width = config["attention_head_dim"], config["cross_attention_dim"]
-            return [SpatialTransformer(width, text_width, heads, groups) for _ in range(count)]
+        sizes = (config["cross_attention_dim"], config["attention_head_dim"], groups)
 
         self.conv_in = conv3x3(4, widths[0])
         linear_1, linear_2 = nn.Linear(widths[0], emb_width), nn.Linear(emb_width, emb_width)
@@ -276,17 +263,17 @@ class UNet(nn.Module):
         c, skips = widths[0], [widths[0]]
         for level, width in enumerate(widths):
             inputs, down = [c] + [width] * (depth - 1), level < last
-            attentions = transformers(depth if down else 0, width)
+            attentions = [SpatialTransformer(width, *sizes) for _ in inputs if down]
             self.down_blocks.append(Stage(inputs, width, resnet, attentions, down=down))
             skips += [width] * (depth + down)
             c = width
 
-        self.mid_block = Stage([c, c], c, resnet, transformers(1, c))
+        self.mid_block = Stage([c, c], c, resnet, [SpatialTransformer(c, *sizes)])
 
         self.up_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             inputs = [c_in + skips.pop() for c_in in [c] + [width] * depth]
-            attentions = transformers(depth + 1 if level < last else 0, width)
+            attentions = [SpatialTransformer(width, *sizes) for _ in inputs if level < last]
             self.up_blocks.append(Stage(inputs, width, resnet, attentions, up=level > 0))
             c = width
 
@@ -294,9 +281,9 @@ class UNet(nn.Module):
         self.conv_out = conv3x3(widths[0], 4)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """x_t (B, 4, H, W), t (B,) long in 0 .. 999 -> eps (B, 4, H, W) in float32.
+        """x_t (B, 4, H, W), t (B,) long in 0 .. 999, text (B, N, 768) -> eps (B, 4, H, W) float32.
 
-        H and W are multiples of 8; all of text (B, N, 768) is attended, padding included.
+        H and W are multiples of 8. Attention has no mask: it includes the text's padding.
         """
         x = self.conv_in(x.to(self.conv_in.weight.dtype))
         text = text.to(x.dtype)
@@ -309,20 +296,20 @@ class UNet(nn.Module):
                 x = self.run(stage.layer, i, x, emb, text)
                 skips.append(x)
             if stage.downsamplers:
-                x = stage.resample(x)
+                x = stage.downsamplers(x)
                 skips.append(x)
         x = self.run(self.mid_block, x, emb, text)
         for stage in self.up_blocks:
             for i in range(len(stage.resnets)):
                 x = self.run(stage.layer, i, x, emb, text, skips.pop())
-            x = stage.resample(x)
+            x = stage.upsamplers(x)
 
         return in_float32(self.conv_out, F.silu(self.conv_norm_out(x)))
 
     def run(self, layer: Callable, *inputs) -> Tensor:
-        """layer(*inputs), with or without keeping its activations for the backward pass."""
+        """layer(*inputs); its activations are kept for the backward pass, or recomputed there."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            # No layer draws random numbers, so no random state needs to be kept.
+            # No layer draws random numbers, so the random state need not be kept.
             return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
         return layer(*inputs)
 
@@ -332,33 +319,29 @@ class UNet(nn.Module):
 
 
 class CLIPTokenizer:
-    """CLIP's byte-pair encoding: a prompt becomes 77 ids, start, up to 75 tokens, then ends.
+    """CLIP's byte-pair encoding: a prompt becomes 77 ids, one start, up to 75 tokens, then ends.
 
-    The text is composed (NFC) and lower-cased; cut into runs of letters, single digits, runs of
-    other signs and a few English endings; and each piece's UTF-8 bytes are merged by the ranked
-    list of pairs. There is no unknown word.
-
-    `too_long` keeps every prompt that did not fit, and what was cut off from it.
+    The text is normalised (NFC) and lower-cased. It is split into runs of letters, single digits,
+    runs of other characters and a few English endings. In each piece, UTF-8 bytes are merged by the
+    ranked list of pairs, so there is no unknown word.
     """
 
     START, END, ROOM = "<|startoftext|>", "<|endoftext|>", 75
     PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
     def __init__(self, vocab_file: Path, merges_file: Path):
-        vocab = read_json(vocab_file)
-        # Only the first line is a comment: there are real merges that begin with #.
-        lines = merges_file.read_text(encoding="utf-8").split("\n")[1:]
-        merges = [tuple(line.split(" ")) for line in lines if line]
-        if len(vocab) != 2 * 256 + len(merges) + 2:  # bytes, bytes that end a word; the marks
-            raise UserError(f"{vocab_file} and {merges_file.name} do not belong together")
+        with one_line_errors(vocab_file.parent):
+            vocab, merges = models.BPE.read_file(str(vocab_file), str(merges_file))
+        if len(vocab) != 2 * 256 + len(merges) + 2:  # bytes, bytes that end a word; marks
+            raise UserError(f"{vocab_file} and {merges_file.name} do not match; replace both")
         self.start, self.end = vocab[self.START], vocab[self.END]
         self.bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
         self.bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         pieces = pre_tokenizers.Split(Regex(self.PIECES), behavior="removed", invert=True)
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
-        self.bpe.add_special_tokens([self.START, self.END])  # as such where a prompt has them
-        self.too_long = {}
+        self.bpe.add_special_tokens([self.START, self.END])  # one token each, also in a prompt
+        self.too_long = {}  # every prompt that did not fit -> its end, which was cut off
 
     def __call__(self, prompts: list[str]) -> Tensor:
         """Prompts -> ids (B, 77) long."""
@@ -393,24 +376,23 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIP ViT-L/14's text transformer, 123,060,480 parameters, all hidden states of the end."""
+    """CLIP ViT-L/14's text transformer, 123,060,480 parameters."""
 
     def __init__(self, config: dict):
         super().__init__()
-        width, hidden = config["hidden_size"], config["intermediate_size"]
-        count, heads = config["num_hidden_layers"], config["num_attention_heads"]
-        layers = nn.Sequential(*(TextLayer(width, hidden, heads) for _ in range(count)))
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        sizes = (width, config["intermediate_size"], heads)
+        layers = [TextLayer(*sizes) for _ in range(config["num_hidden_layers"])]
         tokens = nn.Embedding(config["vocab_size"], width)
         positions = nn.Embedding(config["max_position_embeddings"], width)
-        parts = {
+        self.text_model = named({
             "embeddings": {"token_embedding": tokens, "position_embedding": positions},
-            "encoder": {"layers": layers},
+            "encoder": {"layers": nn.Sequential(*layers)},
             "final_layer_norm": nn.LayerNorm(width),
-        }
-        self.text_model = named(parts)
+        })  # fmt: skip
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, 77) long -> text states (B, 77, 768)."""
+        """Token ids (B, 77) long -> text states (B, 77, 768), the last layer's."""
         tokens, positions = self.text_model.embeddings
         x = tokens(ids) + positions.weight[: ids.shape[1]]
         return self.text_model.final_layer_norm(self.text_model.encoder(x))
@@ -421,7 +403,7 @@ class TextEncoder(nn.Module):
 
 
 class PixelAttention(Attention):
-    """Single-head self-attention of the pixels (there is no text), (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention of the pixels, one head, no text: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, width: int, groups: int):
         super().__init__(width, width, heads=1, bias=True)
@@ -456,15 +438,12 @@ class VAEDecoder(nn.Module):
             up_blocks.append(Stage(inputs, width, resnet, up=level < len(widths) - 1))
             c = width
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
-        parts = {
+        self.decoder = named({
             "conv_in": conv3x3(4, widths[0]),
-            "mid_block": mid_block,
-            "up_blocks": nn.Sequential(*up_blocks),
-            "conv_norm_out": nn.GroupNorm(groups, c, eps=1e-6),
-            "conv_act": nn.SiLU(),
+            "mid_block": mid_block, "up_blocks": nn.Sequential(*up_blocks),
+            "conv_norm_out": nn.GroupNorm(groups, c, eps=1e-6), "conv_act": nn.SiLU(),
             "conv_out": conv3x3(c, 3),
-        }
-        self.decoder = named(parts)
+        })  # fmt: skip
 
     def forward(self, latents: Tensor) -> Tensor:
         """The UNet's latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
@@ -499,7 +478,7 @@ class TinyDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """The UNet's latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
-        x = 3 * torch.tanh(latents / 3)  # a soft clamp: no latent is far outside
+        x = 3 * torch.tanh(latents / 3)  # a soft clamp to -3 .. 3
         return 2 * self.decoder(x.to(self.decoder.layers[0].weight.dtype)) - 1
 
 
@@ -508,10 +487,9 @@ class TinyDecoder(nn.Module):
 
 
 class GuidedUNet(nn.Module):
-    """Classifier-free guidance: eps_u + scale (eps_c - eps_u), in the place of a UNet.
+    """A UNet with classifier-free guidance: eps = eps_u + scale (eps_c - eps_u), scale > 0.
 
-    null_text (1, 77, 768) are the empty prompt's text states. scale > 0; 1 is no guidance (then the
-    UNet is called on the prompts alone).
+    null_text: the empty prompt's text states (1, 77, 768), for eps_u; scale 1 does without eps_u.
     """
 
     def __init__(self, unet: nn.Module, null_text: Tensor, scale: float):
@@ -520,7 +498,7 @@ class GuidedUNet(nn.Module):
         self.register_buffer("null_text", null_text, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Arguments as for UNet; eps (B, 4, H, W)."""
+        """As UNet.forward."""
         if self.scale == 1:
             return self.unet(x, t, text)
         null = self.null_text.expand_as(text)
@@ -530,17 +508,15 @@ class GuidedUNet(nn.Module):
 
 
 class SDDenoiser(nn.Module):
-    """A UNet in DMD's terms: mu(x_t, t, cond), estimate of x_0 at T discrete noise levels.
+    """A UNet, or the teacher's GuidedUNet, in DMD's terms: mu(x_t, t, cond), estimate of x_0.
 
-    `net` is a UNet, or a GuidedUNet for the teacher. For half precision, convert it alone, since
-    .half() of the whole would round the noise table as well.
-    Buffers `alpha` (T,) and `sigma` (T,): the forward process of Eq. 3, alpha^2 + sigma^2 = 1.
-    `z_scale` = 1: the sampler starts from z ~ N(0, I) itself.
+    Buffers `alpha` and `sigma` (T,): the forward process of Eq. 3, alpha^2 + sigma^2 = 1. Convert
+    only `net` to half precision: .half() on the whole would round these tables, too.
     """
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.net, self.z_scale = net, 1.0
+        self.net, self.z_scale = net, 1.0  # the sampler starts from z ~ N(0, I) itself
         alpha, sigma = sd_noise_table()
         self.register_buffer("alpha", alpha.float(), persistent=False)
         self.register_buffer("sigma", sigma.float(), persistent=False)
@@ -548,7 +524,7 @@ class SDDenoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """Eq. 11: mu = (x_t - sigma_t eps) / alpha_t, in float32 whatever the UNet's dtype.
 
-        x_t (B, 4, H, W), t (B,) long in 0 .. 999, cond: text states (B, 77, 768) -> (B, 4, H, W).
+        x_t (B, 4, H, W), t (B,) long in 0 .. 999, text states cond (B, 77, 768) -> (B, 4, H, W).
         """
         eps = self.net(x_t, t, cond)
         alpha_t, sigma_t = (table[t][:, None, None, None] for table in (self.alpha, self.sigma))
@@ -566,13 +542,12 @@ ADAMS_BASHFORTH = {  # weights of the newest noise prediction, of the one before
 def pndm_sample(eps: Callable, z: Tensor, text: Tensor | None, steps: int) -> Tensor:
     """PNDM without Runge-Kutta steps ("PLMS"; Liu et al. 2022), with SD v1.5's settings.
 
-    eps(x_t, t, text) with t (B,) long: a UNet, a GuidedUNet or any closed form; z ~ N(0, I)
-    (B, C, H, W); 2 .. 999 steps -> y (B, C, H, W), the ODE's solution in float32.
+    eps(x_t, t, text), with t (B,) long, is a UNet, a GuidedUNet or a closed form. z ~ N(0, I)
+    (B, C, H, W), 2 .. 999 steps -> the ODE's solution y (B, C, H, W) in float32.
 
-    Linear multistep weights combine up to four noise predictions; the combination is used like one
-    prediction in a deterministic DDIM step. The grid is 1, 1 + r, 1 + 2r, ..., with r = 1000 //
-    steps, walked downwards; beyond its end, alpha and sigma are those of t = 0, so a little noise
-    stays. steps + 1 calls of eps: the first step is done twice, the second time with the mean.
+    Each step is a deterministic DDIM step with a weighted mean of up to four noise predictions. The
+    times are ..., 1 + 2r, 1 + r, 1 with r = 1000 // steps, then 0, whose little noise remains. The
+    first step is done twice, the second time with the mean of both ends: steps + 1 calls of eps.
     """
     alpha, sigma = (table.tolist() for table in sd_noise_table())
     x, stride, history = z, T // steps, []  # x becomes float64 with the first step
@@ -597,12 +572,12 @@ def pndm_sample(eps: Callable, z: Tensor, text: Tensor | None, steps: int) -> Te
 
 
 # --------------------------------------------------------------------------------------------------
-# Weights
+# Weights, and the teacher that the scripts use
 
 
 @dataclass
 class StableDiffusion:
-    """What load_sd returns; parts that were not asked for are None."""
+    """What load_sd returns. Parts that were not asked for are None."""
 
     unet: UNet | None = None
     tokenizer: CLIPTokenizer | None = None
@@ -623,15 +598,11 @@ class StableDiffusion:
 NETWORKS = {"unet": UNet, "text_encoder": TextEncoder, "vae": VAEDecoder, "tiny_vae": TinyDecoder}
 
 
-def load_sd(
-    source: str | Path, parts: Sequence[str] = ("unet", "text_encoder", "vae")
-) -> StableDiffusion:
-    """Load Stable Diffusion v1.x, every network in eval mode, all but the UNet frozen.
+def load_sd(source: str | Path, parts: Sequence[str] = tuple(NETWORKS)) -> StableDiffusion:
+    """Load `parts`, any of "unet", "text_encoder" (with the tokenizer), "vae" and "tiny_vae".
 
-    Args:
-        source: a folder in the diffusers layout, or a repository of the Hugging Face Hub; only the
-            files needed are downloaded, into the Hub's cache.
-        parts: of "unet", "text_encoder" (brings the tokenizer), "vae" and "tiny_vae".
+    `source` is a folder in the diffusers layout, or a repository of the Hugging Face Hub, of which
+    only the files needed are downloaded. All networks are in eval mode, all but the UNet frozen.
     """
     if "unet" in parts:
         read_config(find_file(source, "scheduler/scheduler_config.json"))
@@ -643,41 +614,37 @@ def load_sd(
 
 
 def load_network(part: str, source: str | Path, config: dict | None = None) -> nn.Module:
-    """Load one network in float32: built without memory, then given the file's tensors.
+    """Load one of NETWORKS in float32, from a source as load_sd takes it or from a weights file.
 
-    Args:
-        part: a key of NETWORKS.
-        source: as for load_sd, or the weights' file itself.
-        config: default: config.json of the folder; of a single file, SD v1.5's.
+    config: instead of the config.json beside the weights. Fields that are missing are SD v1.5's.
     """
     weights_file, config_file = find_weights(part, source)
-    if config_file and config is None:
-        config = read_config(config_file)
-    with torch.device("meta"):
-        net = NETWORKS[part](SD15[part] | (config or {}))
+    if config is None:
+        config = read_config(config_file) if config_file else {}
+    with torch.device("meta"):  # no memory, until the file's tensors become the parameters
+        net = NETWORKS[part](SD15[part] | config)
     load_strictly(net, read_weights(part, weights_file), weights_file, assign=True)
     return net.eval().requires_grad_(part == "unet")
 
 
-# Other models have other values here, of which the names and shapes of their weights do not tell.
+# Other models differ in these fields, which the names and shapes of the weights do not show.
 SUPPORTED = dict(
-    hidden_act="quick_gelu",
-    num_train_timesteps=T, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-    prediction_type="epsilon",
+    hidden_act="quick_gelu", prediction_type="epsilon", num_train_timesteps=T,
+    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
 )  # fmt: skip
 
 
 def read_config(path: Path) -> dict:
-    """Read a config file; refuse what is not SUPPORTED."""
+    """Read a config file and refuse what is not SUPPORTED."""
     config = read_json(path)
     for field, only in SUPPORTED.items():
         if (value := config.get(field, only)) != only:
-            raise UserError(f"{path}: {field} = {value!r} is not supported, only {only!r}")
+            raise UserError(f"{path}: {field} must be {only!r}, as in SD v1.x, not {value!r}")
     return config
 
 
 def find_weights(part: str, source: str | Path) -> tuple[Path, Path | None]:
-    """The weights and config.json (None: there is none beside a single file) of one network."""
+    """The weights and the config.json of one network; None if a weights file has none beside it."""
     if Path(source).is_file():
         beside = Path(source).with_name("config.json")
         return Path(source), beside if beside.is_file() else None
@@ -689,31 +656,30 @@ def find_weights(part: str, source: str | Path) -> tuple[Path, Path | None]:
 
 
 def find_file(source: str | Path, *names: str) -> Path:
-    """The first of `names`, such as "unet/config.json", in a folder or in a repository."""
-    tiny = names[0].startswith("tiny_vae/")  # no part of Stable Diffusion's own files
-    if tiny and not Path(source, "tiny_vae").is_dir():
-        return find_on_hub(TAESD_REPO, [name.removeprefix("tiny_vae/") for name in names])
+    """The first of `names` that a folder or a repository holds; TAESD has its own repository."""
+    if names[0].startswith("tiny_vae/") and not Path(source, "tiny_vae").is_dir():
+        return find_on_hub("madebyollin/taesd", [name.removeprefix("tiny_vae/") for name in names])
     if not Path(source).is_dir():
         return find_on_hub(str(source), names)
     for name in names:
         if (path := Path(source, name)).is_file():
             return path
-    raise UserError(f"{source} holds none of {', '.join(names)}")
+    raise UserError(f"{source} holds none of {', '.join(names)}; complete the folder")
 
 
-# What the released files hold beside what is needed here, and their names of the VAE's attention.
+# Tensors of the released files that are not needed, and older names in the VAE's attention.
 NOT_NEEDED = ("encoder.", "quant_conv.", "text_model.embeddings.position_ids")
 OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def read_weights(part: str, path: Path) -> dict[str, Tensor]:
-    """Read a .safetensors or .bin file -> tensors under our names, without those not needed."""
+    """Read a .safetensors or .bin file -> the tensors that are needed, under our names, float32."""
     tensors = {}
     with one_line_errors(path):
         found = read_tensors(path)[0] if path.suffix == ".safetensors" else torch_load(path)
         for name, tensor in found.items():
             if part == "text_encoder":
-                name = "text_model." + name.removeprefix("text_model.")  # transformers 5 omits it
+                name = "text_model." + name.removeprefix("text_model.")  # newer files omit it
             for older, newer in OLDER.items():
                 name = name.replace(f".{older}.", f".{newer}.")
             if not name.startswith(NOT_NEEDED):
@@ -721,26 +687,16 @@ def read_weights(part: str, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-# --------------------------------------------------------------------------------------------------
-# As the scripts use it
-
-
 class SDTeacher:
-    """Stable Diffusion v1.x: latents, prompts as condition, guidance, PNDM solver.
+    """Stable Diffusion v1.x as a teacher: latents, prompts as condition, guidance, PNDM solver.
 
-    Attributes as for EDMTeacher; without the UNet there is no mu_real and no image_shape.
-
-    Args:
-        guidance: scale of classifier-free guidance in mu_real and in `solve`; 1 is none.
-        decoder: of images, "tiny" or "full", unless `decode` is told otherwise.
+    Attributes and methods are EDMTeacher's. Without the UNet, mu_real is None and there is no
+    image_shape. `guidance` is the scale in mu_real and `solve`; `decoder` is `decode`'s default.
     """
 
-    mu_real, sigma_data, num_classes = None, None, 0
-
-    def __init__(
-        self, sd: StableDiffusion, record: dict[str, str], guidance: float, decoder: str = "tiny"
-    ):
+    def __init__(self, sd: StableDiffusion, record: dict, guidance: float, decoder: str = "tiny"):
         self.sd, self.record, self.decoder = sd, record, decoder
+        self.mu_real, self.sigma_data, self.num_classes = None, None, 0
         if sd.unet is not None:
             self.image_shape = sd.unet.image_shape
             guided = GuidedUNet(sd.unet, sd.encode_text([""]), guidance)
@@ -748,16 +704,15 @@ class SDTeacher:
 
     def to(self, device: torch.device, amp: str = "off") -> "SDTeacher":
         """Move it to a device; under `amp` the UNet and the text encoder become half precision."""
+        for net in filter(None, (self.mu_real, self.sd.vae, self.sd.tiny_vae)):
+            net.to(device, memory_format=torch.channels_last)
         if self.mu_real is not None:
-            self.mu_real.to(device, memory_format=torch.channels_last)
             self.mu_real.net.to(DTYPES[amp])  # not the noise table, which is mu_real's own
         self.sd.text_encoder.to(device, DTYPES[amp])
-        for decoder in filter(None, (self.sd.vae, self.sd.tiny_vae)):
-            decoder.to(device, memory_format=torch.channels_last)
         return self
 
     def student(self) -> SDDenoiser:
-        """A trainable copy, without guidance; before `to` it is float32."""
+        """A trainable copy without guidance, in float32 if it is made before `to`."""
         unet = copy.deepcopy(self.sd.unet)
         unet.gradient_checkpointing = True
         return SDDenoiser(unet).eval().requires_grad_(True)
@@ -771,19 +726,17 @@ class SDTeacher:
         return pndm_sample(self.mu_real.net, z, cond, steps)
 
     def evaluations(self, steps: int) -> int:
-        """Network evaluations of `solve`: PNDM's first step takes two, guidance doubles them."""
+        """The number of network evaluations in `solve`; guidance doubles it."""
         return (steps + 1) * (1 if self.mu_real.net.scale == 1 else 2)
 
     def decode(self, x: Tensor, decoder: str | None = None) -> Tensor:
-        """Latents (B, 4, H, W) -> images (B, 3, 8H, 8W), about [-1, 1], not clamped."""
+        """Latents (B, 4, H, W) -> images (B, 3, 8H, 8W), by the "tiny" or the "full" decoder."""
         return self.sd.decode(x, tiny=(decoder or self.decoder) == "tiny")
 
 
-def load_sd_teacher(
-    source: str, guidance: float, decoders: Sequence[str | None], with_unet: bool = True
-) -> SDTeacher:
-    """The teacher in a folder or repository (see load_sd). `decoders`: the one of `decode`, then
-    others that will be asked for; None is none. Beside a generator, no UNet is needed."""
+def load_sd_teacher(source: str, guidance: float, decoders: Sequence, with_unet=True) -> SDTeacher:
+    """The teacher from a source as load_sd takes it. `decoders` ("tiny", "full"; None is skipped)
+    lists `decode`'s default, then others that will be used. Sampling from G needs no UNet."""
     parts = ["text_encoder", *{"tiny_vae" if d == "tiny" else "vae" for d in decoders if d}]
     sd = load_sd(source, ["unet", *parts] if with_unet else parts)
     record = {"name": source}
