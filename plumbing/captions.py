@@ -1,19 +1,17 @@
-"""Text-to-image models on captions: zero-shot COCO (appendix D), or anyone's captions and images.
+"""Text-to-image models on captions: zero-shot COCO (appendix D), or your own captions and images.
 
-Pictures are drawn once, kept as PNG at full size, and named by the number of their caption. For
-every figure, drawn and real ones alike are cropped to their central square and brought to 256x256
-by Lanczos' filter. Then
+Pictures are drawn once and kept as PNG at full size, named by the number of their caption. To be
+measured, drawn and real pictures are cropped to the central square and resized to 256x256 by
+Lanczos' filter. Both measures need an optional package:
 
-    FID         is clean-fid's (Parmar et al. 2022, arXiv 2104.11222), by its "clean" protocol
-    CLIP score  is the mean cosine of OpenCLIP's ViT-g-14 between a picture and "A photo depicts "
-                with its caption (Hessel et al. 2021, arXiv 2104.08718, without their factor)
-
-Both packages are optional, and imported where they are needed.
+    FID         clean-fid's "clean" protocol (Parmar et al. 2022, arXiv 2104.11222)
+    CLIP score  mean cosine between a picture and "A photo depicts " + its caption, by OpenCLIP's
+                ViT-g-14 (Hessel et al. 2021, arXiv 2104.08718, without their factor)
 """
 
 import importlib
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +29,7 @@ from plumbing.fid import read_image
 from plumbing.files import atomic_path, one_line, one_line_errors
 from plumbing.options import UserError
 
-SIZE = 256  # pixels along each side, for every figure
+SIZE = 256  # pixels along each side, for both measures
 CLIP = ("ViT-g-14", "laion2b_s12b_b42k")  # model and weights of OpenCLIP
 
 
@@ -43,25 +41,23 @@ def picture(folder: Path, k: int) -> Path:
 def draw_missing(
     folder: Path, count: int, draw: Callable[[list[int]], Tensor], batch_size: int, ranks: Ranks
 ) -> None:
-    """Draw the pictures 0 .. count - 1 that are not there yet; the ranks share them. `draw` turns
+    """Draw the missing ones of the pictures 0 .. count - 1, shared among the ranks. `draw` turns
     numbers k into images (B, 3, H, W) in about [-1, 1], each a function of its k alone."""
     missing = [k for k in range(count) if not picture(folder, k).exists()]
-    ranks.barrier()  # all have looked before the first one is written
+    ranks.barrier()  # no rank writes before all have looked
     mine = missing[ranks.rank :: ranks.count]
-    with tqdm(total=len(mine), desc=folder.name, unit="image", disable=ranks.rank > 0) as bar:
-        for start in range(0, len(mine), batch_size):
-            numbers = mine[start : start + batch_size]
-            for k, image in zip(numbers, draw(numbers), strict=True):
-                # Rounded down, as in the authors' code of DMD2; EDM's rule is another.
-                pixels = ((image.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-                with atomic_path(picture(folder, k)) as temporary:
-                    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG")
-            bar.update(len(numbers))
+    for start in tqdm(range(0, len(mine), batch_size), desc=folder.name, disable=ranks.rank > 0):
+        numbers = mine[start : start + batch_size]
+        for k, image in zip(numbers, draw(numbers), strict=True):
+            # Rounded down, as in the authors' code of DMD2 (EDM's rounds to the nearest).
+            pixels = ((image.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+            with atomic_path(picture(folder, k)) as temporary:
+                Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG")
     ranks.barrier()
 
 
 def preview(folder: Path, count: int) -> Path:
-    """A grid of the first pictures, beside their folder -> its file."""
+    """Save a grid of the first 25 pictures beside their folder -> its file."""
     files = [picture(folder, k) for k in range(min(count, 25))]
     images = [square(read_image(file).permute(1, 2, 0).numpy()) for file in files]
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -70,17 +66,13 @@ def preview(folder: Path, count: int) -> Path:
 
 
 def latency(draw: Callable[[], Tensor]) -> float:
-    """Milliseconds of `draw`, from text to image: the median of 50, after three to warm up."""
-    times = []
-    for _ in range(53):
-        clock = time.perf_counter()
-        draw().cpu()  # waits for the GPU
-        times.append((time.perf_counter() - clock) * 1000)
-    return statistics.median(times[3:])
+    """Milliseconds of one `draw`, from text to image: the median of 50, after three to warm up."""
+    seconds = timeit.repeat(lambda: draw().cpu(), number=1, repeat=53)  # .cpu() waits for the GPU
+    return 1000 * statistics.median(seconds[3:])
 
 
 def square(pixels: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) -> its central square, resized: uint8 (256, 256, 3)."""
+    """The central square of an image, resized: uint8 (H, W, 3) -> uint8 (256, 256, 3)."""
     image = Image.fromarray(pixels)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -89,40 +81,35 @@ def square(pixels: np.ndarray) -> np.ndarray:
 
 
 def optional(module: str, package: str) -> ModuleType:
-    """An optional package's module."""
+    """Import a module of an optional package."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"this needs another package: pip install {package} ({error})") from None
+        raise UserError(f"a package is missing: pip install {package} ({error})") from None
 
 
 def folder_fid(drawn: Path, real: Path, device: torch.device) -> float:
-    """FID between two folders of images, by the Inception that clean-fid downloads."""
+    """FID between two folders of images, by the Inception network that clean-fid downloads."""
     fid = optional("cleanfid.fid", "clean-fid")
     try:
         network = fid.build_feature_extractor("clean", device, use_dataparallel=False)
     except Exception as error:  # whatever a download may raise
         raise UserError(one_line(f"clean-fid cannot load its Inception ({error})")) from None
+    options = {"batch_size": 32, "device": device, "custom_image_tranform": square}
     with one_line_errors(real):
-        return float(
-            fid.compare_folders(
-                str(drawn), str(real), network, "clean", num_workers=0, batch_size=32,
-                device=device, verbose=True, custom_image_tranform=square,
-            )
-        )  # fmt: skip
+        return float(fid.compare_folders(str(drawn), str(real), network, "clean", **options))
 
 
 def clip_score(drawn: Path, captions: Sequence[str], device: torch.device) -> float:
-    """Mean cosine between pictures and captions, picture k belonging to caption k."""
+    """The mean cosine between picture k and caption k."""
     open_clip, total = optional("open_clip", "open_clip_torch"), 0.0
     model, _, preprocess = open_clip.create_model_and_transforms(*CLIP, device=device)
     model, tokenize = model.eval(), open_clip.get_tokenizer(CLIP[0])
     for start in tqdm(range(0, len(captions), 32), desc="CLIP score"):
         texts = [f"A photo depicts {caption}" for caption in captions[start : start + 32]]
         files = [picture(drawn, k) for k in range(start, start + len(texts))]
-        pixels = [read_image(file).permute(1, 2, 0).numpy() for file in files]
-        squares = [Image.fromarray(square(each)) for each in pixels]
-        images = torch.stack([preprocess(each) for each in squares])
+        squares = [square(read_image(file).permute(1, 2, 0).numpy()) for file in files]
+        images = torch.stack([preprocess(Image.fromarray(each)) for each in squares])
         with torch.inference_mode():
             of_images = model.encode_image(images.to(device))
             of_texts = model.encode_text(tokenize(texts).to(device))

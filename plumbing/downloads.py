@@ -1,4 +1,4 @@
-"""Weights by their address: downloaded once, kept under their final name only if complete."""
+"""Weights by their address: downloaded once, and kept only if they are complete."""
 
 import hashlib
 import os
@@ -18,23 +18,20 @@ EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
 
 
 def fetch(source: str) -> Path:
-    """The local file for a path (returned as it is, existing or not), https://...,
-    hf://owner/repo/file, or the name of one of EDM's released networks, edm-....pkl.
-
-    What is downloaded is kept in $DMD_CACHE, else ~/.cache/dmd; the Hub has its own cache.
-    """
+    """The local file of a path (which need not exist), of https://..., of hf://owner/repo/file, or
+    of the name of one of EDM's released networks, edm-....pkl. Downloads are kept in $DMD_CACHE
+    (default: ~/.cache/dmd); the Hub has its own cache."""
     if re.fullmatch(r"edm-[\w-]+\.pkl", source) and not Path(source).exists():
         source = EDM_URL + source
     if source.startswith("hf://"):
-        owner, _, rest = source.removeprefix("hf://").partition("/")
-        repo, _, file = rest.partition("/")
-        return find_on_hub(f"{owner}/{repo}", [file])
+        parts = source.removeprefix("hf://").split("/", 2)  # owner, repository, file
+        return find_on_hub("/".join(parts[:2]), parts[2:])
     if not source.startswith(("https://", "http://")):
         return Path(source)
     name = re.split(r"[?#]", source)[0].rpartition("/")[2]
     if not name:
-        raise UserError(f"{source} names no file; give the whole address of the file")
-    # A folder per address: many files are called pytorch_model.bin.
+        raise UserError(f"{source} names no file; give the address of a file")
+    # One folder per address, because many files are called pytorch_model.bin.
     folder = hashlib.sha256(source.encode()).hexdigest()[:8]
     path = Path(os.environ.get("DMD_CACHE") or Path.home() / ".cache" / "dmd") / folder / name
     if not path.exists():
@@ -43,10 +40,10 @@ def fetch(source: str) -> Path:
 
 
 def find_on_hub(repo: str, names: Sequence[str]) -> Path:
-    """The first of these files of a Hub's repository that is in its local cache or can be had."""
-    if repo.count("/") != 1 or not all(names):
-        what = "neither a folder here nor a Hub repository (owner/name)"
-        raise UserError(f"{repo} is {what}; a file of one is hf://owner/name/file")
+    """The first of these files of a Hub repository that is in the Hub's cache or can be fetched."""
+    if repo.count("/") != 1 or not any(names):
+        what = "neither a local folder nor a Hub repository (owner/name)"
+        raise UserError(f"{repo} is {what}; a file on the Hub is hf://owner/name/file")
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache  # slow to import
 
     offline = False
@@ -56,21 +53,21 @@ def find_on_hub(repo: str, names: Sequence[str]) -> Path:
                 return Path(cached)
             return Path(hf_hub_download(repo, name, local_files_only=offline))
         except errors.EntryNotFoundError as error:
-            offline = isinstance(error, errors.LocalEntryNotFoundError)  # do not wait for it again
+            offline = isinstance(error, errors.LocalEntryNotFoundError)  # wait only once
         except (OSError, ValueError) as error:  # no such name, no such repository, a full disk
-            said = one_line(f"{repo} is no folder here, and the Hub says: {error}", 300)
-            raise UserError(said) from None
-    what = f"{repo} holds none of {', '.join(names)}"
-    raise UserError(f"{what}; it is no folder here, and is there a network?")
+            what = f"{repo} is not a local folder, and the Hub says: {error}"
+            raise UserError(one_line(what, 300)) from None
+    what = f"{repo} is not a local folder, and the Hub gives none of {', '.join(names)}"
+    raise UserError(f"{what}; check the name and the network")
 
 
 def download(url: str, path: Path, sha256: str = "") -> None:
-    """Download to `path`, which appears only when the file is there, as long as the server said,
-    and (if that is given) its SHA-256 begins with `sha256`, up to 16 digits."""
+    """Download to `path`, which appears only once the file is as long as the server announced and
+    its SHA-256 begins with `sha256` (at most 16 digits)."""
     with atomic_path(path) as part:
         try:
             with urllib.request.urlopen(url, timeout=30) as response, open(part, "w+b") as file:
-                size = int(response.headers.get("Content-Length", 0))  # 0: the server does not say
+                size = int(response.headers.get("Content-Length", 0))  # 0: not announced
                 with tqdm.wrapattr(response, "read", size, desc=path.name) as body:
                     shutil.copyfileobj(body, file, 1 << 20)
                 have = file.tell()
@@ -79,9 +76,9 @@ def download(url: str, path: Path, sha256: str = "") -> None:
             if size and have != size:
                 raise ValueError(f"it broke off at byte {have} of {size}")
             if not head or head.startswith((b"<!doctype", b"<html", b"<?xml")):
-                raise ValueError("a web page or nothing came instead")
+                raise ValueError("the server sent a web page or nothing")
             if sha256 and not file_hash(part).startswith(sha256):
-                raise ValueError("another file came: its SHA-256 differs")
+                raise ValueError("the server sent another file: its SHA-256 differs")
         except (OSError, HTTPException, ValueError) as error:
             by_hand = f"download {url} yourself and put it at {path}"
             raise UserError(one_line(f"the download failed ({error}); {by_hand}")) from None
