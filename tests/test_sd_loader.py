@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import save_file
 
-import sd_loader
 from plumbing.files import load_strictly, write_tensors
 from plumbing.options import UserError
 from sd_loader import (
@@ -665,9 +664,9 @@ def hub(monkeypatch, sd_folder):
             Hub.asked.append(f"{repo}/{path}")
         if local_files_only or not Hub.online:
             raise errors.LocalEntryNotFoundError("no connection")
-        if repo not in ("owner/sd", sd_loader.TAESD_REPO):
+        if repo not in ("owner/sd", "madebyollin/taesd"):
             raise ValueError("401\nno such repository")
-        file = sd_folder / ("tiny_vae" if repo == sd_loader.TAESD_REPO else "") / path
+        file = sd_folder / ("tiny_vae" if repo == "madebyollin/taesd" else "") / path
         if path in Hub.missing or not file.is_file():
             raise errors.EntryNotFoundError("404")
         return str(file)
