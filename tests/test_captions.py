@@ -83,25 +83,20 @@ def test_fid_of_two_folders_is_clean_fids(tmp_path, monkeypatch):
 
 def test_clip_score_is_the_mean_cosine(tmp_path, monkeypatch):
     """A model whose features of an image are its mean colour, and of a text three numbers."""
-
-    class Model(torch.nn.Module):
-        def encode_image(self, images):
-            assert images.shape[1:] == (3, 256, 256)
-            return images.mean((2, 3))
-
-        def encode_text(self, tokens):
-            return tokens.float()
+    model = SimpleNamespace(encode_image=lambda x: x.mean((2, 3)), encode_text=torch.Tensor.float)
+    model.eval = lambda: model
 
     def tokenize(given):
         assert given == ["A photo depicts red", "A photo depicts blue", "A photo depicts grey"]
         return torch.tensor([[1, 0, 0], [0, 0, 5], [0, 4, 3]])
 
     def preprocess(image):
+        assert image.size == (256, 256)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
     def create(name, weights, device):
         assert (name, weights, device) == (*captions.CLIP, CPU)
-        return Model(), None, preprocess
+        return model, None, preprocess
 
     open_clip = SimpleNamespace(
         create_model_and_transforms=create, get_tokenizer={captions.CLIP[0]: tokenize}.get

@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -42,12 +43,13 @@ LATENT = (4, 8, 8)
 
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory):
-    """A folder like stable-diffusion-v1-5's with latents of 8x8, and two prompts."""
+    """A folder like stable-diffusion-v1-5's with latents of 8x8, two prompts, five captions."""
     folder = write_sd(tmp_path_factory.mktemp("sd") / "model")
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": LATENT[-1]}))
     prompts = "\n".join(["", PROMPTS[0], "  a  dog's\that ", ""])
     (folder / "prompts.txt.gz").write_bytes(gzip.compress(prompts.encode()))
+    (folder / "captions.txt").write_text("a cat\na dog\n\na hat\nthe cat\nthe dog's hat\n")
     return folder
 
 
@@ -70,20 +72,20 @@ def sample_options(sd, **options):
     return {"teacher_weights": sd, "device": "cpu", "seeds": "0-2", **options}
 
 
-def words(options):
-    """The command line of these options."""
-    line = []
-    for name, value in options.items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        line += ["--" + name.replace("_", "-"), *map(str, values)]
-    return line
+def evaluate_options(sd, **options):
+    captions = sd / "captions.txt"
+    return {"teacher_weights": sd, "device": "cpu", "captions": captions, **options}
 
 
 def call(module, options, fails=False):
     """Run a script in this process -> what it prints, or the one line by which it fails."""
+    words = [module.__name__]
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += ["--" + name.replace("_", "-"), *map(str, values)]
     make, flags = getattr(module, "Config", get_workload), getattr(module, "FLAGS", None)
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        patch.setattr(sys, "argv", [module.__name__, *words(options)])
+        patch.setattr(sys, "argv", words)
         patch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C remains pytest's
         patch.setattr(rundir, "draw_curves", lambda *_: None)  # half a second each
         out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -136,10 +138,6 @@ def test_from_prompts_to_pictures(sd, sd_pairs, sd_run, monkeypatch):
     assert Image.open("samples.png").size == (2 + 2 * 66, 2 + 4 * 66)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pairs
-
-
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_pairs_keep_their_prompts_and_are_guided(sd, sd_pairs, tmp_path, guidance):
     folder = sd_pairs
@@ -180,26 +178,13 @@ def test_a_caption_may_hold_other_line_breaks(tmp_path, opener, newline):
     assert read_prompts(path) == ["a cat"] * len(captions) + ["a dog"]
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-
-
 def test_kl_sees_both_halves_a_guided_teacher_and_an_unguided_fake(
     sd, sd_pairs, tmp_path, monkeypatch
 ):
     """Line 4 of Algorithm 1, x <- concat(x, x_ref); the regression compares decoded images. Before
     training, G is the teacher's one step and mu_fake the teacher, both without guidance."""
-    seen = {}
-
-    def kl(mu_real, mu_fake, x, cond, **options):
-        seen["kl"] = {"mu_real": mu_real, "mu_fake": mu_fake, "x": x, "cond": cond, **options}
-        return real_kl(mu_real, mu_fake, x, cond, **options)
-
-    def regression(images, images_ref, distance):
-        seen["images"] = images, images_ref
-        return real_regression(images, images_ref, distance)
-
-    real_kl, real_regression = train.distribution_matching_loss, train.regression_loss
+    kl = Mock(wraps=train.distribution_matching_loss)
+    regression = Mock(wraps=train.regression_loss)
     monkeypatch.setattr(train, "distribution_matching_loss", kl)
     monkeypatch.setattr(train, "regression_loss", regression)
     active = prepare(sd, sd_pairs, tmp_path / "run", learning_rate=0.0)
@@ -207,25 +192,27 @@ def test_kl_sees_both_halves_a_guided_teacher_and_an_unguided_fake(
         assert net.gradient_checkpointing
         assert {(p.dtype, p.requires_grad) for p in net.parameters()} == {(torch.float32, True)}
     shared = {p.data_ptr() for p in active.G.network.parameters()}
-    assert not shared & {p.data_ptr() for p in active.mu_fake.network.parameters()}
-    assert not shared & {p.data_ptr() for p in active.teacher.mu_real.parameters()}
+    for other in (active.mu_fake.network, active.teacher.mu_real):
+        assert not shared & {p.data_ptr() for p in other.parameters()}
     scalars = train.training_step(active, 0)
     assert all(value.isfinite() and value > 0 for value in scalars)
 
-    kl, batch = seen["kl"], train.draw_batch(active, 0, range(3), range(2))
-    text, x_t, t = batch.cond, kl["noise"], kl["t"]
-    assert kl["x"].shape == x_t.shape == (3 + 2, *LATENT) and t.shape == (5,)
-    assert torch.equal(kl["cond"], text)
-    parts = load_sd(sd)
+    batch, parts = train.draw_batch(active, 0, range(3), range(2)), load_sd(sd)
+    (mu_real, mu_fake, x, text), options = kl.call_args
+    x_t, t = options["noise"], options["t"]
+    assert x.shape == x_t.shape == (3 + 2, *LATENT) and t.shape == (5,)
+    assert torch.equal(text, batch.cond)
     mu, guided = SDDenoiser(parts.unet), GuidedUNet(parts.unet, parts.encode_text([""]), 3.0)
+    z, last = torch.cat([batch.z, batch.z_ref]), torch.full((5,), 999)
     with torch.no_grad():
-        x = mu(torch.cat([batch.z, batch.z_ref]), torch.full((5,), 999), text)
-        torch.testing.assert_close(kl["x"].detach(), x, rtol=1e-4, atol=1e-4)
-        for name, net in (("mu_real", SDDenoiser(guided)), ("mu_fake", mu)):
-            expected = net(x_t, t, text)
-            torch.testing.assert_close(kl[name](x_t, t, text), expected, rtol=1e-4, atol=1e-4)
+        for found, expected in (
+            (x, mu(z, last, text)),
+            (mu_real(x_t, t, text), SDDenoiser(guided)(x_t, t, text)),
+            (mu_fake(x_t, t, text), mu(x_t, t, text)),
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         y_ref = active.teacher.decode(batch.y_ref)
-    images, images_ref = seen["images"]
+    (images, images_ref, _), _ = regression.call_args
     assert images.shape == (2, 3, 64, 64) and torch.equal(images_ref, y_ref)
 
 
@@ -274,10 +261,6 @@ def test_pairs_of_another_teacher(sd, sd_pairs, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
     with pytest.raises(UserError, match="were made with another teacher than"):
         prepare(other, sd_pairs, tmp_path / "run")
-
-
-# --------------------------------------------------------------------------------------------------
-# The generator
 
 
 def test_the_readmes_lines_for_diffusers(sd, sd_run, tmp_path):
@@ -369,27 +352,13 @@ def test_others_unets_can_be_sampled(sd, tmp_path):
         assert value.dtype == torch.float32 and torch.equal(value, tensors[name].float())
 
 
-# --------------------------------------------------------------------------------------------------
-# evaluate.py --captions
-
-
-def evaluate_options(sd, sd_run, tmp_path, **options):
-    """For a student on five captions."""
-    captions = tmp_path / "captions.txt"
-    captions.write_text("a cat\na dog\n\na hat\nthe cat\nthe dog's hat\n")
-    return {
-        "checkpoint": sd_run, "captions": captions, "teacher_weights": sd, "device": "cpu",
-        "out": tmp_path / "pictures", **options,
-    }  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def pictures(sd, sd_run, tmp_path_factory):
     """The folder of student's and teacher's pictures, what was printed, and the options."""
     folder = tmp_path_factory.mktemp("captions")
     options = evaluate_options(
-        sd, sd_run, folder, rows=["student", "teacher"], guidance=2.0, steps=2, batch_size=2,
-        json=folder / "numbers.json",
+        sd, checkpoint=sd_run, rows=["student", "teacher"], guidance=2.0, steps=2, batch_size=2,
+        out=folder / "pictures", json=folder / "numbers.json",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "latency", lambda draw: 1.5 if draw().shape[0] == 1 else 0)
@@ -426,17 +395,14 @@ def test_pictures_of_captions(pictures, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_ranks_draw_what_one_does(pictures, sd, sd_run, tmp_path):
     """In processes of their own; rank 0 alone measures and prints."""
-    options = evaluate_options(sd, sd_run, tmp_path, batch_size=1, samples=5)
-    result = run_on_two_ranks("evaluate.py", *words(options))
+    options = evaluate_options(sd, checkpoint=sd_run, batch_size=1, samples=5, out=tmp_path)
+    words = [w for name, value in options.items() for w in ("--" + name.replace("_", "-"), value)]
+    result = run_on_two_ranks("evaluate.py", *words)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("ms per image (batch 1) (5 images)") == 1
     for k in range(5):
         one, two = (f / "student" / f"{k:06d}.png" for f in (pictures[0], options["out"]))
         assert difference(one, two) <= 1
-
-
-# --------------------------------------------------------------------------------------------------
-# Bad input: one line, exit code 2, nothing written
 
 
 @pytest.mark.parametrize(
@@ -490,7 +456,7 @@ def test_bad_options(sd, sd_run, tmp_path, monkeypatch, module, change, said):
     options = {
         make_pairs: pairs_options(sd, "x"),
         sample: sample_options(sd, checkpoint=sd_run, out="x.png"),
-        evaluate: evaluate_options(sd, sd_run, tmp_path, out="x"),
+        evaluate: evaluate_options(sd, checkpoint=sd_run, out="x"),
     }[module]
     given = {name: value for name, value in (options | change).items() if value is not None}
     assert said in call(module, given, fails=True)
