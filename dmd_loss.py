@@ -190,9 +190,10 @@ def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> 
         (B, 1, 1, 1).
     """
     x, y = (image.expand(-1, 3, -1, -1) for image in (x, y))
-    if max(x.shape[2:]) < size:  # not Stable Diffusion's 512x512
-        x, y = (F.interpolate(image, (size, size), mode="bilinear") for image in (x, y))
-    return network(x, y)
+    with torch.autocast(x.device.type, enabled=False):  # half precision is too coarse for LPIPS
+        if max(x.shape[2:]) < size:  # not Stable Diffusion's 512x512
+            x, y = (F.interpolate(image, (size, size), mode="bilinear") for image in (x, y))
+        return network(x, y)
 
 
 def dm_noise_levels(u: Tensor, t_max: int = T_MAX) -> Tensor:

@@ -2,12 +2,14 @@
 
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import pairs_config, small_network
 
+import dmd_loss
 import make_pairs
 import train
 from plumbing.devices import Ranks
@@ -199,7 +201,7 @@ def test_the_weight_of_the_denoising_loss(teacher, tiny_pairs, tmp_path, monkeyp
 
 
 def test_half_precision_is_of_the_networks_alone(teacher, tiny_pairs, tmp_path, monkeypatch):
-    """All of them, and no distance."""
+    """All of them run in it, but LPIPS leaves it."""
     run, _ = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, amp="bf16")
     seen = []
 
@@ -213,14 +215,15 @@ def test_half_precision_is_of_the_networks_alone(teacher, tiny_pairs, tmp_path, 
     run.teacher = copy(teacher)
     run.teacher.mu_real = teacher.student()
     run.teacher.decode = note("decode", teacher.decode)
-    run.distance = note("distance", run.distance)
+    lpips = note("lpips", lambda x, y: (x - y).square().mean((1, 2, 3)))
+    run.distance = partial(dmd_loss.lpips_distance, lpips)
     networks = (run.G.network, run.mu_fake.network, run.teacher.mu_real)
     for name, network in zip(("G", "mu_fake", "mu_real"), networks, strict=True):
         network.forward = note(name, network.forward)
     train.training_step(run, STEP)
     assert seen == [
         ("G", True), ("mu_real", True), ("mu_fake", True),
-        ("decode", True), ("decode", True), ("distance", False), ("mu_fake", True),
+        ("decode", True), ("decode", True), ("lpips", False), ("mu_fake", True),
     ]  # fmt: skip
 
 
