@@ -10,10 +10,8 @@ same command resumes. The last line it prints:
 
     wrote runs/mnist/generator.safetensors; look at it with: python sample.py
 
-The file has three parts: the mathematics of a step, which is Algorithm 1 for one batch as in
-minimal.py; its mechanics, where a batch may come in parts and over several GPUs; and the run from
-start to end. Row i of step k draws from (seed, k, i) alone. Resuming, the number of processes and
-accumulation therefore change nothing but rounding; on one CPU process, resuming changes no bit.
+Row i of step k draws from (seed, k, i) alone. Resuming, the number of processes and accumulation
+therefore change nothing but rounding; on one CPU process, resuming changes no bit.
 """
 
 import contextlib
@@ -87,10 +85,7 @@ class Batch(NamedTuple):
 def generator_losses(
     G: Callable, mu_fake: Callable, teacher: Teacher, distance: Callable, config: Workload, b: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lines 3 to 6 of Algorithm 1 -> x (K, C, H, W), L_KL and L_reg, scalars.
-
-    A loss of weight 0 is not computed; it is 0.
-    """
+    """Lines 3 to 6 -> x (K, C, H, W), L_KL and L_reg. A loss of weight 0 is not computed."""
     # 2. Generate x = G(z) and x_ref = G(z_ref) in one call.
     both = G(torch.cat([b.z, b.z_ref]), b.cond)
     x, x_ref = both.split([len(b.z), len(b.z_ref)])
@@ -110,7 +105,7 @@ def generator_losses(
 
 
 def fake_loss(mu_fake: Callable, teacher: Teacher, b: Batch, x: Tensor) -> Tensor:
-    """Lines 8 and 9: the denoising loss of mu_fake, a scalar; x (K, C, H, W) is G's, detached."""
+    """Lines 8 and 9 -> L_denoise of the generated samples x (K, C, H, W), detached."""
     # 4. Denoise the generated samples (Eq. 6): the same x, detached.
     return denoising_loss(
         mu_fake, x, b.cond_x, t=b.t_fake, noise=b.noise_fake, sigma_data=teacher.sigma_data
@@ -145,8 +140,7 @@ class Run:
 
 
 def training_step(run: Run, step: int) -> list[Tensor]:
-    """Step k -> its SCALARS. The batch may come in parts, to save memory: first G learns from all
-    of them, then mu_fake does."""
+    """Step k -> its SCALARS. A batch may come in parts: G learns from all of them, then mu_fake."""
     config, teacher, G, mu_fake = run.config.at(step), run.teacher, run.G, run.mu_fake
     losses, losses_fake, generated = [], [], []
     for rows, rows_ref in G.parts(split_batch(config, run.ranks), leave=run.signals.stop):
@@ -200,10 +194,7 @@ def draw_batch(run: Run, step: int, rows: Sequence[int], rows_ref: Sequence[int]
 
 def split_batch(config: Workload, ranks: Ranks) -> list[tuple[range, range]]:
     """This rank's rows of the global batch, unpaired and paired, in `accumulate` equal parts.
-
-    Samples that serve only a loss of weight 0 are omitted: no unpaired ones without distribution
-    matching, no paired ones without regression (unless line 4 uses them).
-    """
+    Samples that only a loss of weight 0 would use are omitted."""
     parts = ranks.count * config.accumulate
     B = config.batch_size if config.lambda_dm else 0
     R = config.batch_size_ref if config.lambda_reg or config.kl_on_pairs else 0
@@ -222,11 +213,8 @@ def split_batch(config: Workload, ranks: Ranks) -> list[tuple[range, range]]:
 
 
 def load_inputs(config: Workload, ranks: Ranks) -> tuple[Workload, Teacher, Pairs, Callable]:
-    """Load teacher, pairs and the distance of Eq. 9, check that they fit, and claim the folder.
-
-    The config comes back with its precision, and with the pairs' guidance scale: both losses must
-    have the same one (Section 3.4).
-    """
+    """Load teacher, pairs and the distance of Eq. 9, and claim the folder. The config gets its
+    precision and the pairs' guidance scale, since both losses must have the same (Section 3.4)."""
     for step in (0, *(end for end, _ in config.phases)):
         split_batch(config.at(step), ranks)  # raises an error before anything is loaded
     first = config.at(0).num_pairs if config.phases else None  # of the pairs, see begin_phase
@@ -276,11 +264,8 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
 
 
 def begin_phase(run: Run, step: int) -> int:
-    """Get ready for the settings that hold from this step on -> images per step.
-
-    Table 5's phases say how many pairs a step may draw from. The folder is read again, because
-    pairs may have been added to it.
-    """
+    """Get ready for the settings that hold from this step on -> images per step. Table 5's phases
+    need more and more pairs, so the folder is read again."""
     config = run.config.at(step)
     if config.phases:
         run.pairs = Pairs(Path(config.pairs), config.dataset, config.num_pairs)
