@@ -126,9 +126,9 @@ def distribution_matching_loss(
 
 
 def denoising_weight(alpha_t: Tensor, sigma_t: Tensor, sigma_data: float | None) -> Tensor:
-    """The weight of Eq. 6 with which the base model was trained: SNR + 1 / sigma_data^2 for EDM (its
-    lambda(sigma)). With sigma_data = None it is the SNR, which makes Eq. 6 the mean squared error
-    of the noise (SD v1.5)."""
+    """The weight of Eq. 6 with which the base model was trained. EDM's, lambda(sigma), is SNR + 1 /
+    sigma_data^2. With sigma_data = None it is the SNR (SD v1.5), which makes Eq. 6 the mean squared
+    error of the noise."""
     snr = (alpha_t / sigma_t) ** 2
     return snr if sigma_data is None else snr + 1 / sigma_data**2
 

@@ -26,10 +26,10 @@ from plumbing.edm_files import load_edm
 # EDM's released files, LEARNING_RATE = 5e-5 and STEPS = 300_000, it distils that network instead.
 TEACHER = "assets/mnist_teacher.safetensors"
 NUM_PAIRS = 1000
-STEPS = 1000
+STEPS = 1000  # training steps
 B, R = 16, 4  # unpaired and paired samples per step
 LEARNING_RATE = 6e-4  # of G; five times as much for mu_fake, which has to keep up with G
-LAMBDA_REG = 0.5
+LAMBDA_REG = 0.5  # weight of the regression loss
 T_MAX = 600  # the paper's 980 spends steps on noise in which no digit can be seen
 SEED = 0
 
@@ -38,8 +38,8 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 # Algorithm 1, line 1: G and mu_fake start as copies of the teacher, in eval mode: no dropout.
-mu_real = EDMDenoiser(load_edm(TEACHER)).to(device)
-G = OneStepGenerator(copy.deepcopy(mu_real)).requires_grad_(True)
+mu_real = EDMDenoiser(load_edm(TEACHER)).eval().to(device)
+G = OneStepGenerator(copy.deepcopy(mu_real)).eval().requires_grad_(True)
 mu_fake = copy.deepcopy(mu_real).requires_grad_(True)
 average = copy.deepcopy(G).requires_grad_(False)  # of G's weights
 adam_G = torch.optim.AdamW(G.parameters(), LEARNING_RATE, betas=(0.0, 0.999))
@@ -88,4 +88,3 @@ with torch.no_grad():  # rows: the teacher's solutions, G of the same noise, G o
     z, y, cond = pairs_z[:20], pairs_y[:20], pairs_cond[:20]
     rows = torch.cat([y, average(z, cond), average(torch.randn_like(z), cond)])
 save_image(rows, "minimal.png", nrow=20, normalize=True, value_range=(-1, 1))
-print("wrote minimal.png")
