@@ -36,8 +36,7 @@ from dmd_loss import T_MAX, T
 from plumbing.devices import autocast, pick_device
 from plumbing.files import write_json
 from plumbing.options import Options, UserError, option, run_script
-from sd_loader import SD15, UNet, sd_noise_table
-from teachers import SDTeacher
+from sd_loader import SD15, SDTeacher, UNet, sd_noise_table
 
 TEXT_WIDTH = SD15["unet"]["cross_attention_dim"]
 
