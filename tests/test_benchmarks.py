@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import train
 from benchmarks import cost, pooling, precision, reproduce, speed, step
 from plumbing.options import UserError, parse
 from sd_loader import sd_noise_table
+from teachers import load_generator
 from workloads import ASSETS, WORKLOADS, get_workload
 
 
@@ -125,6 +127,12 @@ def commands(monkeypatch, finished_run) -> list[list[str]]:
             shutil.copytree(leaves[command[0]], command[command.index("--out") + 1])
         return 1.0
 
+    def minimal(path: str) -> dict:
+        commands.append(["minimal.py", re.search("SEED = .*", Path(path).read_text())[0]])
+        Path("minimal.png").touch()
+        return {"average": load_generator(finished_run / "generator.safetensors")[0]}
+
+    monkeypatch.setattr(reproduce.runpy, "run_path", minimal)
     for name, value in {
         "load_mnist": lambda folder, train: (digits, labels), "SAMPLES": 200, "run": run,
         "SOLVERS": dict(list(reproduce.SOLVERS.items())[:1]), "SEEDS_OF_DEFAULT": 1, "SEEDS": 1,
@@ -140,8 +148,9 @@ def test_reproduce_measures_once_and_mixes_nothing(commands, tmp_path, monkeypat
     config = reproduce.Config(out=str(tmp_path), runs=str(tmp_path / "runs"), jobs=2)
     reproduce.main(config)
     results = json.loads(path.read_text())
-    rows = [reproduce.REAL, *reproduce.SOLVERS, reproduce.DEFAULT, *reproduce.TABLE_2]
-    assert sorted(results) == sorted(rows)
+    students = [reproduce.MINIMAL, reproduce.DEFAULT, *reproduce.TABLE_2]
+    assert sorted(results) == sorted([reproduce.REAL, *reproduce.SOLVERS, *students])
+    assert ["minimal.py", "SEED = 0"] in commands and (tmp_path / "runs/minimal_0.png").exists()
     (entry,) = results[reproduce.DEFAULT].values()
     assert set(entry["judges"]["convolutions"]) == {*reproduce.FIGURES, "samples"}
     assert len(entry["diversity_by_class"]) == 10 and set(entry["seconds"]) >= {"pairs", "train"}
