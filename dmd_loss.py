@@ -163,10 +163,8 @@ def denoising_loss(
 
 def regression_loss(x_ref: Tensor, y_ref: Tensor, distance: Callable) -> Tensor:
     """Eq. 9: the mean distance between x_ref = G(z_ref), attached to the generator's graph, and
-    y_ref, the teacher's ODE solution for the same z_ref; (B, C, H, W) -> float32 scalar.
-
-    `distance` may return any shape, as lpips_distance and l2_distance do.
-    """
+    y_ref, the teacher's ODE solution for the same z_ref; (B, C, H, W) each -> float32 scalar.
+    `distance` may return any shape, as l2_distance and lpips_distance do."""
     return distance(x_ref.float(), y_ref.detach().float()).mean()
 
 
@@ -176,11 +174,10 @@ def l2_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> Tensor:
-    """LPIPS as in Section 3.3, in float32: images smaller than 224x224, the size on which VGG was
-    trained, are upsampled bilinearly.
+    """LPIPS as in Section 3.3: in float32, on images upsampled bilinearly to VGG's 224x224.
 
-    The paper takes PIQ's LPIPS "following Song et al.", who use average pooling in the VGG. It does
-    not say whether DMD does. The lpips package keeps VGG's own max pooling.
+    The paper takes PIQ's LPIPS "following Song et al.", who use average pooling in the VGG; it does
+    not say whether DMD does. The lpips package has VGG's own max pooling.
 
     Args:
         network: LPIPS (Zhang et al. 2018, arXiv 1801.03924), frozen, for RGB images in [-1, 1].

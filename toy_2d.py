@@ -15,9 +15,7 @@ The noise of Eq. 7 is kept small here: t up to 260 of 1000, where sigma is a fif
 between the modes. With more noise, the teacher's score at the near mode feels the far one. Try
 --max-step 400, where sigma reaches that distance: (b) then finds both modes without any pairs.
 
-It takes about 20 seconds on a CPU, prints how the samples spread, and ends with
-
-    wrote figure3.png
+It takes about 20 seconds on a CPU. The last line it prints: wrote figure3.png
 """
 
 import math
@@ -48,8 +46,7 @@ MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
 STD = 0.1  # of each mode, along both axes
 START = torch.tensor([-0.62, 0.12])  # the spot where the generator starts
 NUM_PAIRS, BATCH = 10_000, 256
-LEARNING_RATE_G = 5e-4
-LEARNING_RATE_FAKE = 5e-3  # mu_fake has to keep up with G, whose samples it describes
+LEARNING_RATE = 5e-4  # of G; ten times as much for mu_fake, which has to keep up with G
 ARROWS, FILM_T = 20, 240  # of the film: the number of arrows, the noise level of their scores
 
 # Panel -> (does the fake score take part?, lambda_reg)
@@ -84,7 +81,7 @@ class MixtureDenoiser(nn.Module):
         offset = x.reshape(-1, 1, 2) - MODES  # (B, modes, axes)
         variance = STD**2 + sigma**2  # of either mode, once diffused
 
-        # Which mode x came from, and what x_0 was if it came from that mode.
+        # The probability of either mode, and what x_0 is if x came from that mode.
         p_mode = (-(offset**2).sum(dim=2, keepdim=True) / (2 * variance)).softmax(dim=1)
         mean = MODES + STD**2 / variance * offset
         return (p_mode * mean).sum(dim=1).reshape(x.shape)
@@ -121,7 +118,7 @@ class MLPDenoiser(nn.Module):
 
 @torch.no_grad()
 def one_spot() -> nn.Sequential:
-    """G before training: z (B, 2, 1, 1) -> START and a little noise, from which it can unfold."""
+    """G before training: z (B, 2, 1, 1) -> START and a little noise, so that it can unfold."""
     net = mlp(2)
     nn.init.normal_(net[-1].weight, std=0.002)
     net[-1].bias.copy_(START)
@@ -129,8 +126,8 @@ def one_spot() -> nn.Sequential:
 
 
 def no_score(x_t: Tensor, t: Tensor, cond: None = None) -> Tensor:
-    """The denoiser of a uniform density, mu = x_t / alpha_t. Its score is 0, so in the place of
-    mu_fake it removes s_fake from Eq. 7. (alpha_t is 1 here.)"""
+    """The denoiser of a uniform density, mu = x_t / alpha_t = x_t. Its score is 0, so in the place
+    of mu_fake it removes s_fake from Eq. 7."""
     return x_t
 
 
@@ -154,6 +151,7 @@ def train_panel(
     adam_G, adam_fake = (torch.optim.Adam(network.parameters()) for network in (G, mu_fake))
     for step in tqdm(range(config.steps), desc=panel):
         yield G, mu_fake
+        rate = LEARNING_RATE * (1 - step / config.steps)  # constant, G and mu_fake would circle
 
         # 1. Sample z ~ N(0, I), and pairs (z_ref, y_ref) ~ D.
         z, noise, noise_fake = torch.randn(3, BATCH, 2, 1, 1)
@@ -171,19 +169,19 @@ def train_panel(
         )
         loss_reg = regression_loss(x_ref, y_ref, l2_distance)
         (loss_kl + lambda_reg * loss_reg).backward()
-        take_step(adam_G, LEARNING_RATE_G * (1 - step / config.steps))
+        take_step(adam_G, rate)
 
         # 4. Denoise the generated samples (Eq. 6): the same x, detached.
         loss_denoise = denoising_loss(mu_fake, x.detach(), None, t=t_fake, noise=noise_fake)
 
         # 5. Step mu_fake.
         loss_denoise.backward()
-        take_step(adam_fake, LEARNING_RATE_FAKE * (1 - step / config.steps))
+        take_step(adam_fake, 10 * rate)
     yield G, mu_fake
 
 
 def take_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """One step. The learning rate falls to zero; otherwise G and mu_fake would circle for ever."""
+    """One step at this learning rate."""
     optimizer.param_groups[0]["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
@@ -236,7 +234,7 @@ def main(config: Config) -> None:
     """Train the panels, print where their samples are, draw the figure."""
     mu_real = EDMDenoiser(MixtureDenoiser())
     pairs = make_pairs(mu_real, config.seed)
-    # Sixty moments, dense at first, where most happens.
+    # Sixty moments, dense at first, when most happens.
     moments = sorted({round(config.steps * (k / 59) ** 2) for k in range(60)})
     samples, films = {}, {panel: [] for panel in PANELS}
     for panel, film in films.items():

@@ -39,16 +39,7 @@ from plumbing.devices import Ranks, autocast, join_ranks, pick_amp, share, to
 from plumbing.optim import Learner, Unfinished, average_decay
 from plumbing.options import UserError, run_script
 from plumbing.pairs import Pairs, draw_rows, sample_noise
-from plumbing.rundir import (
-    Log,
-    Signals,
-    claim_folder,
-    load_checkpoint,
-    save_film,
-    save_pictures,
-    save_run,
-    save_unet_folder,
-)
+from plumbing.rundir import Log, Signals, claim_folder, load_checkpoint, save_pictures, save_run
 from teachers import Teacher, generator_file, load_lpips, load_teacher
 from workloads import Workload, get_workload
 
@@ -294,14 +285,13 @@ def save(run: Run, step: int, log: Log) -> None:
     rows = log.flush()  # ends the run on NaN before anything is overwritten
     state = {name: part.state_dict() for name, part in run.stateful().items()} | {"step": step}
     if run.ranks.rank == 0:
-        generator = generator_file(run.G.average, run.config, run.teacher.record, step)
-        out, keep = Path(run.config.out), run.config.keep
-        save_pictures(out, step, pictures(run))
-        if step == run.config.steps:
-            save_film(out)
-        if run.config.latent:
-            save_unet_folder(out, run.G.average.mu.net.config)
-        save_run(out, step, rows, state, generator, keep)
+        config, G = run.config, run.G.average
+        generator = generator_file(G, config, run.teacher.record, step)
+        save_run(
+            Path(config.out), step, rows, state, generator, pictures(run),
+            film=step == config.steps, unet_config=G.mu.net.config if config.latent else None,
+            keep=config.keep,
+        )  # fmt: skip
     log.note_save()
 
 

@@ -67,20 +67,34 @@ def load_checkpoint(out: Path, parts: dict) -> tuple[int, list[dict]]:
             part.load_state_dict(state[name])
         with open(out / "log.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
+    except (OSError, torch.OutOfMemoryError) as error:
+        raise UserError(f"{path} cannot be loaded now ({error}); it was left as it is") from None
     except Exception as error:  # torch.load and load_state_dict raise a dozen types
         reason = (str(error) or repr(error)).splitlines()[0][:200]
         raise UserError(
-            f"{path} cannot be resumed ({reason}); if it is damaged, delete {out} to start over"
+            f"{path} cannot be resumed ({reason}); delete {out} to start over"
         ) from None
     return state["step"], rows
 
 
 def save_run(
-    out: Path, step: int, rows: list[dict], state: dict, generator: tuple[dict, dict], keep: int
-) -> None:
-    """Write the log, the curves, the generator (its tensors and metadata) and the checkpoint:
-    `state`, with "step" and whatever load_checkpoint restores. If `keep` is above 1, that many of
-    the newest checkpoints and generators also stay as copies named by their step."""
+    out: Path, step: int, rows: list[dict], state: dict, generator: tuple[dict, dict],
+    bands: list[Tensor], *, film: bool, unet_config: dict | None, keep: int,
+) -> None:  # fmt: skip
+    """Write all files of a run.
+
+    Args:
+        rows: of the log; state: of the checkpoint, "step" and whatever load_checkpoint restores.
+        generator: its tensors and metadata; bands: see save_pictures; film: write the film, too.
+        unet_config: for Stable Diffusion, see save_unet_folder.
+        keep: how many of the newest checkpoints and generators stay, if more than 1 as copies named
+            by their step.
+    """
+    save_pictures(out, step, bands)
+    if film:
+        save_film(out)
+    if unet_config:
+        save_unet_folder(out, unet_config)
     write_csv(out / "log.csv", rows)
     draw_curves(out / "curves.png", rows)
     write_tensors(out / "generator.safetensors", *generator, format="pt")
