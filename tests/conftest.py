@@ -75,13 +75,13 @@ def as_rank(rank: str, script: list[str], world: dict[str, str], folder: str) ->
     for stream in "12":
         os.dup2(os.open(Path(folder, stream + rank), os.O_CREAT | os.O_WRONLY), int(stream))
     os.chdir(ROOT)
+    torch.set_num_threads(1)
     sys.argv = script
     runpy.run_path(script[0], run_name="__main__")
 
 
 def kill_in_write(main, config: Workload, name: str, time: int = 1) -> None:
-    """main(config) in a fork that is killed when it has half written the file `name` for the n-th
-    time."""
+    """main(config) in a fork, killed in the middle of writing this file for the n-th time."""
     assert in_forks((half_write, main, config, name, time)) == [-signal.SIGKILL]
 
 
@@ -98,12 +98,13 @@ def half_write(main, config: Workload, name: str, time: int) -> None:
         original(temporary, path)
 
     os.replace = replace
+    torch.set_num_threads(1)
     main(config)
 
 
 def in_forks(*calls: tuple) -> list[int]:
     """Call functions, (function, *arguments) each, in a fork each -> the exit codes."""
-    processes = [FORKS.Process(target=in_fork, args=call) for call in calls]
+    processes = [FORKS.Process(target=function, args=rest) for function, *rest in calls]
     for process in processes:
         process.start()
     for process in processes:
@@ -111,12 +112,6 @@ def in_forks(*calls: tuple) -> list[int]:
         process.kill()  # if it hangs
         process.join()
     return [process.exitcode for process in processes]
-
-
-def in_fork(function, *arguments) -> None:
-    """Call a function as in a process with ONE_THREAD."""
-    torch.set_num_threads(1)
-    function(*arguments)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """train.py: what a run writes, how it resumes, what its options do, and what it refuses."""
 
 import copy
-import csv
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import make_pairs
 import train
 from edm_unet import heun_sample
 from plumbing.devices import Ranks
-from plumbing.files import read_tensors, write_tensors
+from plumbing.files import read_tensors
 from plumbing.optim import Learner, learning_rate
 from plumbing.options import UserError
 from plumbing.pairs import Pairs, sample_noise
@@ -55,10 +54,9 @@ def test_run_folder(finished_run):
         "config.json", "log.csv", "curves.png", "samples_000000.png", "samples_000002.png",
         "training.gif", "checkpoint.pt", "generator.safetensors",
     }  # fmt: skip
-    rows = list(csv.DictReader((finished_run / "log.csv").open()))
-    assert [row["step"] for row in rows] == ["1", "2"]
-    # Step 1 has no fake score of its own yet: mu_fake is the teacher, and the KL gradient is zero.
-    assert float(rows[0]["loss_kl"]) == 0 < float(rows[1]["loss_kl"])
+    # In step 1 mu_fake still is the teacher, so that the KL gradient is zero.
+    (first_kl, *_), (second_kl, *_) = scalars(finished_run)
+    assert first_kl == 0 < second_kl
     G, metadata = load_generator(finished_run / "generator.safetensors")
     assert metadata["step"] == "2" and not any(p.requires_grad for p in G.parameters())
     with Image.open(finished_run / "training.gif") as film:  # every picture in turn
@@ -94,8 +92,8 @@ def test_training_noise_is_not_the_pairs_noise(small, tmp_path):
 
 
 def test_the_learning_rate_may_end_as_a_cosine():
-    rates = [learning_rate(k, peak=1e-3, warmup=10, end=100) for k in (0, 9, 55, 100)]
-    assert rates == pytest.approx([1e-4, 1e-3, 5e-4, 0])
+    rates = [learning_rate(k, peak=1e-3, warmup=10, end=100) for k in (10, 55, 100)]
+    assert rates == pytest.approx([1e-3, 5e-4, 0])
     assert learning_rate(10**5, peak=1e-3, warmup=10) == 1e-3
 
 
@@ -154,11 +152,7 @@ def test_an_interrupted_run_resumes_exactly(small, tmp_path, straight, monkeypat
     assert left.value.code == 0 and state["step"] == 3 and "G_ema" in state
     train.main(tiny_config(small, out, **PHASED))
     same_run(straight, out)
-    said = [
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if "from step" in line or "save" in line
-    ]
+    said = [line for line in capsys.readouterr().out.splitlines() if line[:5] in ("from ", "inter")]
     first, second, third = (values for _, values in PHASES)
     assert said == [
         f"from step 1 on: {first}", f"from step 3 on: {second}",
@@ -202,17 +196,15 @@ def test_phases_are_checked_before_anything_is_loaded(small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("parts", "said"), [(1, "and saved after step 1"), (2, "in the first step")]
-)
+@pytest.mark.parametrize(("parts", "said"), [(1, "and saved after step 1"), (2, "in the first")])
 def test_a_run_told_to_stop_in_its_first_step(small, tmp_path, monkeypatch, capsys, parts, said):
     """A step in one part is finished and saved; one in several parts leaves nothing."""
     stop_at(monkeypatch, 0)
     with pytest.raises(SystemExit):
-        train.main(tiny_config(small, tmp_path / "run", steps=3, accumulate=parts))
+        train.main(tiny_config(small, tmp_path, steps=3, accumulate=parts))
     assert f"interrupted {said};" in capsys.readouterr().out
-    saved = set(files(tmp_path / "run")) - {"config.json", "samples_000000.png"}
-    assert saved == set() if parts == 2 else {"checkpoint.pt", "log.csv"} <= saved
+    assert ("checkpoint.pt" in files(tmp_path)) == (parts == 1)
+    assert parts == 1 or files(tmp_path).keys() == {"config.json", "samples_000000.png"}
 
 
 def test_ctrl_c_ends_with_its_own_code(capsys):
@@ -294,19 +286,12 @@ def test_an_overflow_under_fp16_skips_the_step():
     """An infinite gradient is no step: weights and AdamW's count stay, the scale is lowered."""
     torch.manual_seed(0)
     network, x = torch.nn.Linear(3, 1), torch.ones(2, 3)
-    options = {
-        "warmup": 0,
-        "betas": (0.9, 0.999),
-        "weight_decay": 0,
-        "grad_clip": 10.0,
-        "fp16": True,
-    }
+    options = {"warmup": 0, "betas": (0.9, 0.99), "weight_decay": 0, "grad_clip": 9, "fp16": True}
     learner = Learner(network, ALONE, 1e-3, **options)
     before, scale = copy.deepcopy(network.state_dict()), learner.scaler.get_scale()
     learner.backward(1e36 * network(x).sum())
     assert not learner.step(0).isfinite()
-    for name, value in network.state_dict().items():
-        assert torch.equal(value, before[name])
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
     assert all(state["step"] == 0 for state in learner.optimizer.state.values())
     assert learner.scaler.get_scale() == scale / 2
 
@@ -321,17 +306,14 @@ def test_an_overflow_under_fp16_skips_the_step():
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("fp16", [False, True])
-def test_what_is_not_finite_stops_the_run(value, fp16):
+def test_what_is_not_finite_stops_the_run(value):
     """Except fp16's gradients, which the scaler takes care of."""
-    log = Log(ALONE, 0, 9, [], fp16=fp16)
     for at, name in enumerate(SCALARS):
         row = [value if i == at else 1.0 for i in range(5)]
-        if fp16 and name in ("grad_norm_G", "grad_norm_fake"):
-            log.check(0, row)
-            continue
         with pytest.raises(UserError, match=rf"{name} is {value} at step 1"):
-            log.check(0, row)
+            Log(ALONE, 0, 9, [], fp16=name.startswith("loss")).check(0, row)
+        if name.startswith("grad_norm"):
+            Log(ALONE, 0, 9, [], fp16=True).check(0, row)
 
 
 @pytest.mark.parametrize(
@@ -359,19 +341,20 @@ def test_nan_stops_the_run_and_keeps_what_was_saved(
 
 
 def test_lpips_trains(small, tmp_path, monkeypatch):
-    """A step with the real LPIPS on a random VGG; it is no distance of its own weights' making."""
+    """The real LPIPS with a random VGG, at a smaller size: it is 0 for equal images only, G learns
+    from it, and the VGG does not."""
     monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
     monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)  # VGG's, unused
-    monkeypatch.setattr(torch.nn.init, "normal_", lambda weight, *_: weight)  # too
-    run = prepare(small, tmp_path / "run", distance="lpips", batch_size_ref=1)
-    x, y = torch.randn(1, 1, 28, 28, requires_grad=True), torch.randn(1, 1, 28, 28)
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda weight, *_: weight)  # the same
+    monkeypatch.setattr(train, "lpips_distance", partial(train.lpips_distance, size=64))
+    run = prepare(small, tmp_path / "run", distance="lpips", lambda_dm=0.0)
+    x, y = torch.randn(2, 1, 1, 28, 28)
     apart, same = run.distance(torch.cat([x, y]), torch.cat([y, y]))
     assert apart > 0 and same == 0
-    apart.backward()
-    assert x.grad.abs().sum() > 0
+    _, loss_reg, _, norm_G, _ = train.training_step(run, 0)
+    assert loss_reg > 0 and norm_G > 0
     (network,) = run.distance.args
     assert all(p.grad is None and not p.requires_grad for p in network.parameters())
-    assert train.training_step(run, 0)[1] > 0
 
 
 def test_lpips_without_its_weights(small, tmp_path, monkeypatch):
@@ -422,13 +405,11 @@ def test_a_folder_with_another_run_is_left_alone(finished_run, pairs, tmp_path):
     with pytest.raises(UserError, match="another made_pairs;"):
         train.main(tiny_config(other, finished_run, steps=2))
     assert files(finished_run) == before
-    for mine in ("thesis.txt", "config.json"):
-        folder = tmp_path / mine
-        folder.mkdir()
-        (folder / mine).write_text("{}")
-        with pytest.raises(UserError, match="holds other files"):
-            train.main(tiny_config(pairs, folder, steps=1))
-        assert files(folder) == {mine: b"{}"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text("{}")  # of another program
+    with pytest.raises(UserError, match="holds other files"):
+        train.main(tiny_config(pairs, tmp_path / "mine", steps=1))
+    assert files(tmp_path / "mine") == {"config.json": b"{}"}
 
 
 @pytest.mark.parametrize("fraction", [0, 0.5])
@@ -468,39 +449,25 @@ def test_options_out_of_range(option, message):
         get_workload(**option)
 
 
-def damage(folder, what):
-    """Change a folder of pairs: remove or cut a shard, or change entries of meta.json."""
-    shard = folder / "shard_00000.safetensors"
-    if what == "missing":
-        shard.unlink()
-    elif what == "truncated":
-        os.truncate(shard, os.path.getsize(shard) - 1000)
-    elif what == "short":
-        tensors, metadata = read_tensors(shard)
-        write_tensors(shard, {name: value[:5] for name, value in tensors.items()}, metadata)
-    elif what == "cut":
-        os.truncate(folder / "meta.json", 20)
-    else:
-        meta = json.loads((folder / "meta.json").read_text())
-        (folder / "meta.json").write_text(json.dumps({} if what == {} else meta | what))
-
-
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("name", "change", "message"),
     [
-        ("missing", "1 of 3 shards are missing in .*make_pairs.py"),
-        ("truncated", r"shard_00000.* is damaged"),
-        ("short", "does not hold 8 pairs"),
-        ("cut", "meta.json is damaged"),
-        ({}, r"no pairs in .*make_pairs\.py"),
-        ({"dataset": "cifar10"}, "holds pairs of cifar10, not of mnist; run: python make_pairs.py"),
-        ({"teacher": {"name": "x", "sha256": "0"}}, "made with another teacher than"),
+        ("shard_00000.safetensors", None, r"1 of 3 shards are missing in .*make_pairs\.py"),
+        ("shard_00000.safetensors", lambda data: data[:-1000], r"shard_00000.* is damaged"),
+        ("meta.json", None, r"no pairs in .*make_pairs\.py"),
+        ("meta.json", lambda data: b"{}", "no pairs in"),
+        ("meta.json", lambda data: data[:20], r"meta\.json is damaged"),
+        ("meta.json", lambda data: data.replace(b'_size": 8', b'_size": 10'), "not hold 10 pairs"),
+        ("meta.json", lambda data: data.replace(b"mnist", b"cifar10"), "of cifar10, not of mnist;"),
+        ("meta.json", lambda data: data.replace(b'256": "', b'256": "0'), "with another teacher"),
     ],
-    ids=str,
 )
-def test_pairs_that_cannot_be_used(small, tmp_path, what, message):
+def test_pairs_that_cannot_be_used(small, tmp_path, name, change, message):
     folder = shutil.copytree(small["pairs"], tmp_path / "pairs")
-    damage(folder, what)
+    data = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if change:
+        (folder / name).write_bytes(change(data))
     with pytest.raises(UserError, match=message):
         prepare(small | {"pairs": str(folder)}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
