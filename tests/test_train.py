@@ -196,13 +196,13 @@ def test_phases_are_checked_before_anything_is_loaded(small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("parts", "said"), [(1, "and saved after step 1"), (2, "in the first")])
+@pytest.mark.parametrize(("parts", "said"), [(1, "saved after step 1"), (2, "in the first step")])
 def test_a_run_told_to_stop_in_its_first_step(small, tmp_path, monkeypatch, capsys, parts, said):
     """A step in one part is finished and saved; one in several parts leaves nothing."""
     stop_at(monkeypatch, 0)
     with pytest.raises(SystemExit):
         train.main(tiny_config(small, tmp_path, steps=3, accumulate=parts))
-    assert f"interrupted {said};" in capsys.readouterr().out
+    assert f"{said}; resume with" in capsys.readouterr().out
     assert ("checkpoint.pt" in files(tmp_path)) == (parts == 1)
     assert parts == 1 or files(tmp_path).keys() == {"config.json", "samples_000000.png"}
 
