@@ -72,7 +72,7 @@ def main(config: Config) -> None:
     # Image i has the noise of seed i and the label or prompt i of the cycle.
     seeds = parse_numbers(config.seeds or ("0-3" if workload.latent else "0-99"), "seeds")
     if not Path(config.out).suffix and len(set(seeds)) < len(seeds):
-        raise UserError("--seeds names a seed twice; for a folder, give each seed once")
+        raise UserError("--seeds lists a seed twice; for a folder, give each seed once")
     classes = 0 if workload.latent else G.mu.net.label_dim
     cond = choose_condition(config, workload, classes, len(seeds))
     cond = torch.tensor(cond, device=device) if classes else cond
@@ -134,7 +134,7 @@ def choose_condition(config: Config, workload: Workload, classes: int, count: in
     if cycle and not workload.latent:
         raise UserError(f"--prompt is for sd15; this is a generator of {workload.dataset}")
     if config.labels is not None and not classes:
-        raise UserError(f"a generator of {workload.dataset} has no --labels; leave them away")
+        raise UserError(f"a generator of {workload.dataset} has no --labels; omit them")
     if classes:
         cycle = parse_numbers(config.labels or f"0-{classes - 1}", "labels")
         if max(cycle) >= classes:

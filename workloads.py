@@ -204,7 +204,7 @@ def image_size(teacher: str) -> int:
         return kwargs["img_resolution"]
     if named := re.search(r"-(\d+)x\d+-", teacher):
         return int(named[1])
-    raise UserError(f"{teacher} is no file here; download it and give its path as --teacher")
+    raise UserError(f"{teacher} is not a file; download it and give its path as --teacher")
 
 
 def get_workload(dataset: str = "mnist", **changed) -> Workload:
@@ -217,7 +217,7 @@ def get_workload(dataset: str = "mnist", **changed) -> Workload:
         like = "imagenet64" if image_size(changed["teacher"]) >= 64 else "cifar10"
         row = replace(row, **{name: ROWS[like][name] for name in EDM_NUMBERS})
         if os.environ.get("RANK", "0") == "0":
-            print(f"edm: what is not given is as in {like}")
+            print(f"edm: options that are not given are {like}'s")
     if "batch_size" in changed and "batch_size_ref" not in changed:
         ratio = row.batch_size_ref / row.batch_size
         changed["batch_size_ref"] = max(1, round(ratio * changed["batch_size"]))

@@ -60,7 +60,7 @@ class Options:
             for each in value if isinstance(value, tuple | list) else [value]:
                 if about["choices"] and each not in about["choices"]:
                     known = ", ".join(map(str, about["choices"]))
-                    raise UserError(f"{flag_of(field)} is one of {known}; there is no {each!r}")
+                    raise UserError(f"{flag_of(field)} must be one of {known}, not {each!r}")
             for name, bound in about["bounds"].items():
                 holds, words = BOUNDS[name]
                 if not holds(value, bound):  # so that NaN fails too

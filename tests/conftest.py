@@ -32,10 +32,8 @@ TINY = {"batch_size": 4, "batch_size_ref": 4, "device": "cpu"}
 # Curves take longer than a few steps do; `finished_run` and `run` draw them.
 rundir.draw_curves = lambda path, rows: None
 
-# New processes are forked from a server that has imported once what takes seconds.
-FORKS = multiprocessing.get_context("forkserver")
+# What a new process would take seconds to import; the server that forks them does so once.
 SLOW_TO_IMPORT = ["pytest", "torch._dynamo", "torch.distributed.optim", "torchvision.utils"]
-FORKS.set_forkserver_preload([*SLOW_TO_IMPORT, "make_pairs", "train", "evaluate"])
 
 
 def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
@@ -104,7 +102,9 @@ def half_write(main, config: Workload, name: str, time: int) -> None:
 
 def in_forks(*calls: tuple) -> list[int]:
     """Call functions, (function, *arguments) each, in a fork each -> the exit codes."""
-    processes = [FORKS.Process(target=function, args=rest) for function, *rest in calls]
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([*SLOW_TO_IMPORT, "make_pairs", "train", "evaluate"])
+    processes = [forks.Process(target=function, args=rest) for function, *rest in calls]
     for process in processes:
         process.start()
     for process in processes:

@@ -85,8 +85,10 @@ def test_one_and_two_ranks_take_turns(small, straight, tmp_path):
     """The number of processes, the parts of the batch and the sharding of AdamW's state (ZeRO) may
     change at any checkpoint."""
     out = tmp_path / "run"
-    sharded = {"shard_optimizer": True, "accumulate": 2}
-    for count, options in ((2, {"steps": 2}), (1, {"steps": 3}), (2, {"steps": 4, **sharded})):
+    sharded = {"shard_optimizer": True}
+    turns = [(2, sharded), (1, {}), (2, {"accumulate": 2}), (2, sharded)]
+    for steps, (count, options) in enumerate(turns, start=1):
+        options = {"steps": steps, **options}
         if count == 1:
             train.main(config(small, out, **options))
         else:

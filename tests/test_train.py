@@ -259,10 +259,11 @@ def test_what_comes_after_going_back_is_kept(tmp_path):
     """--keep 2: the newest copies are those written last, whatever their steps."""
     row = dict.fromkeys(["step", *SCALARS, "learning_rate", "images_per_s"], "1")
     for age, step in enumerate((800, 900, 500, 600)):
-        save_run(tmp_path, step, [row], {"step": step}, ({}, {}), keep=2)
+        what = ([row], {"step": step}, ({}, {}), [torch.zeros(1, 1, 2, 2)])
+        save_run(tmp_path, step, *what, film=False, unet_config=None, keep=2)
         for path in tmp_path.glob(f"*_000{step}.*"):
             os.utime(path, (age, age))
-    left = sorted(path.stem for path in tmp_path.glob("*_*"))
+    left = sorted(path.stem for path in tmp_path.glob("*_000*") if path.suffix != ".png")
     assert left == [f"{name}_000{k}" for name in ("checkpoint", "generator") for k in (500, 600)]
 
 
@@ -286,7 +287,7 @@ def test_an_overflow_under_fp16_skips_the_step():
     """An infinite gradient is no step: weights and AdamW's count stay, the scale is lowered."""
     torch.manual_seed(0)
     network, x = torch.nn.Linear(3, 1), torch.ones(2, 3)
-    options = {"warmup": 0, "betas": (0.9, 0.99), "weight_decay": 0, "grad_clip": 9, "fp16": True}
+    options = {"warmup": 0, "betas": (0.9, 0.99), "weight_decay": 0, "grad_clip": 1, "fp16": True}
     learner = Learner(network, ALONE, 1e-3, **options)
     before, scale = copy.deepcopy(network.state_dict()), learner.scaler.get_scale()
     learner.backward(1e36 * network(x).sum())
@@ -298,6 +299,8 @@ def test_an_overflow_under_fp16_skips_the_step():
     learner.backward(network(x).sum())
     norm = learner.step(0)  # of the true gradient, not of the scaled one: |(2, 2, 2, 2)|
     assert norm.item() == pytest.approx(4.0)
+    moments = [state["exp_avg"].flatten() for state in learner.optimizer.state.values()]
+    assert torch.cat(moments).norm().item() == pytest.approx(0.1)  # of the gradient clipped to 1
     assert not torch.equal(network.weight, before["weight"]) and network.weight.isfinite().all()
 
     resumed = Learner(network, ALONE, 1e-3, **options)
@@ -418,6 +421,15 @@ def test_damaged_checkpoint(finished_run, pairs, tmp_path, fraction):
     os.truncate(out / "checkpoint.pt", int(fraction * os.path.getsize(out / "checkpoint.pt")))
     with pytest.raises(UserError, match=r"checkpoint\.pt cannot be resumed"):
         train.main(tiny_config(pairs, out, steps=2))
+
+
+def test_without_memory_a_checkpoint_is_not_called_damaged(finished_run, pairs, monkeypatch):
+    def full(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(UserError, match="cannot be loaded now .* left as it is"):
+        train.main(tiny_config(pairs, finished_run, steps=2))
 
 
 def test_a_run_that_never_saved_starts_anew(small, tmp_path, monkeypatch):
