@@ -1,15 +1,15 @@
 """Distribution Matching Distillation (Yin et al., CVPR 2024, arXiv 2311.18828): the losses.
 
-This file is the paper: Eq. 3 to 9, Algorithms 2 and 3, and Section 3.1's one-step generator. It
-knows no network and no dataset. A denoiser `mu` is anything with
+This file is the paper: Eq. 3 to 9, Algorithms 2 and 3, and the one-step generator of Section 3.1.
+It knows no network and no dataset. A denoiser `mu` is anything with
 
     mu(x_t, t, cond) -> estimate of the clean x_0       x_t (B, C, H, W), t (B,) long in 0 .. T-1
     mu.alpha, mu.sigma                                  its noise table, (T,) each
     mu.z_scale                                          x_{T-1} is z_scale * z for z ~ N(0, I)
 
-(mean prediction: Eq. 11 turns a noise prediction into this). Three take part: mu_real, the frozen
-teacher, whose score points to where real data are; mu_fake, which follows the generator and whose
-score points to where generated data are; and the one inside G, called once, at t = T-1.
+(mean prediction; Eq. 11 turns a noise prediction into it). Three take part: mu_real, the frozen
+teacher, whose score points towards real data; mu_fake, which follows the generator and whose score
+points towards generated data; and the one inside G, which is called once, at t = T-1.
 
 All losses are computed in float32, whatever dtype the networks ran in.
 """
@@ -24,20 +24,19 @@ T = 1000  # number of discrete noise levels, t = 0 .. T-1, larger is noisier
 T_MIN, T_MAX = round(0.02 * T), round(0.98 * T)  # of the KL gradient, Eq. 7
 SIGMA_DATA = 0.5  # standard deviation of the data, as EDM takes it and Algorithm 3 prints it
 
-# w_t of Eq. 7; m = |mu_real - x|_1 / (C S) of each sample, (B, 1, 1, 1) like alpha_t and sigma_t.
-# An entry here is also a choice of --weighting.
+# w_t of Eq. 7, where m = |mu_real - x|_1 / (C S) of each sample; all of them (B, 1, 1, 1).
 WEIGHTINGS = {
     "eq8": lambda alpha_t, sigma_t, m: sigma_t**2 / alpha_t / m,  # Eq. 8, the paper's choice
-    # As Algorithm 2 is written, sd15's default; the same as eq8 where alpha_t = 1 (EDM).
+    # As in Algorithm 2, for Stable Diffusion; the same as eq8 for EDM, whose alpha_t is 1.
     "alg2": lambda alpha_t, sigma_t, m: sigma_t**2 / alpha_t**2 / m,
-    # Those that Table 2 compares with.
+    # Table 2 compares with these two.
     "dreamfusion": lambda alpha_t, sigma_t, m: sigma_t / alpha_t,
     "prolificdreamer": lambda alpha_t, sigma_t, m: sigma_t**3 / alpha_t,
 }
 
 
 class OneStepGenerator(nn.Module):
-    """Section 3.1: G(z) = mu(z, T-1), started as a copy of the teacher and trained from there."""
+    """Section 3.1: G(z) = mu(z, T-1), which starts as a copy of the teacher."""
 
     def __init__(self, mu: nn.Module):
         super().__init__()
@@ -57,7 +56,7 @@ def forward_diffusion(x: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor
 def score(x_t: Tensor, mu: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
     """Eq. 4 and 5: s(x_t, t) = -(x_t - alpha_t mu(x_t, t)) / sigma_t^2, the gradient of log p_t.
 
-    Here mu is the denoiser's *prediction* for x_t, (B, C, H, W); alpha_t, sigma_t (B, 1, 1, 1).
+    Here mu (B, C, H, W) is the denoiser's *prediction* for x_t; alpha_t, sigma_t (B, 1, 1, 1).
     """
     return -(x_t - alpha_t * mu) / sigma_t**2
 
@@ -71,14 +70,14 @@ def dm_gradient(
     sigma_t: Tensor,
     weighting: str = "eq8",
 ) -> Tensor:
-    """Eq. 7, without dG/dtheta: the KL divergence's gradient w.r.t. each generated sample.
+    """Eq. 7 without dG/dtheta: the gradient of the KL divergence w.r.t. each generated sample.
 
-    The two scores share x_t, which therefore cancels: what remains is the difference of the two
-    predictions, times w_t alpha_t^2 / sigma_t^2.
+    Both scores contain x_t, which cancels. What remains is the difference of the two predictions,
+    times w_t alpha_t^2 / sigma_t^2.
 
     Args:
-        x: generated samples; x_t: the same, diffused (Eq. 3); both (B, C, H, W).
-        mu_real, mu_fake: the two denoisers' *predictions* for x_t (B, C, H, W).
+        x, x_t: generated samples, and the same diffused (Eq. 3); (B, C, H, W) each.
+        mu_real, mu_fake: the two denoisers' *predictions* for x_t, (B, C, H, W).
         alpha_t, sigma_t: (B, 1, 1, 1), above 0.
         weighting: w_t, a key of WEIGHTINGS.
 
@@ -102,20 +101,20 @@ def distribution_matching_loss(
     noise: Tensor,
     weighting: str = "eq8",
 ) -> Tensor:
-    """Algorithm 2: a surrogate whose gradient w.r.t. x is Eq. 7's, divided by B C H W.
+    """Algorithm 2: a surrogate loss whose gradient w.r.t. x is Eq. 7's, divided by B C H W.
 
-    Its *value*, 0.5 mean(grad^2), says how far apart the two scores are. It is no measure of
-    progress: mu_fake moves too.
+    Its *value*, 0.5 mean(grad^2), says how far apart the two scores are. It does not measure
+    progress, because mu_fake moves too.
 
     Args:
         mu_real, mu_fake: the two denoisers; neither receives a gradient.
         x: generated samples (B, C, H, W), attached to the generator's graph.
         cond: the condition of both denoisers, or None.
-        t: noise levels (B,) long, of dm_noise_levels; noise: N(0, I) in x's shape.
+        t, noise: noise levels (B,) long from dm_noise_levels, and N(0, I) in the shape of x.
         weighting: a key of WEIGHTINGS.
 
     Returns:
-        loss, scalar float32.
+        the loss, a float32 scalar.
     """
     with torch.no_grad():
         alpha_t, sigma_t = at(mu_real.alpha, t), at(mu_real.sigma, t)
@@ -127,8 +126,9 @@ def distribution_matching_loss(
 
 
 def denoising_weight(alpha_t: Tensor, sigma_t: Tensor, sigma_data: float | None) -> Tensor:
-    """The base model's own weight of Eq. 6: SNR + 1 / sigma_data^2 of EDM (its lambda(sigma));
-    with sigma_data = None the SNR alone, plain mean-squared error of the noise (SD v1.5)."""
+    """The weight of Eq. 6 with which the base model was trained. EDM's, lambda(sigma), is SNR + 1 /
+    sigma_data^2. With sigma_data = None it is the SNR (SD v1.5), which makes Eq. 6 the mean squared
+    error of the noise."""
     snr = (alpha_t / sigma_t) ** 2
     return snr if sigma_data is None else snr + 1 / sigma_data**2
 
@@ -142,17 +142,17 @@ def denoising_loss(
     noise: Tensor,
     sigma_data: float | None = SIGMA_DATA,
 ) -> Tensor:
-    """Algorithm 3 and Eq. 6: mu_fake learns to denoise generated samples, at all noise levels.
+    """Algorithm 3 and Eq. 6: mu_fake learns to denoise generated samples at all noise levels.
 
     Args:
         mu_fake: the denoiser to train.
         x: generated samples (B, C, H, W); no gradient flows back into them.
         cond: their condition, or None.
-        t: noise levels (B,) long, of all_noise_levels; noise: N(0, I) in x's shape.
+        t, noise: noise levels (B,) long from all_noise_levels, and N(0, I) in the shape of x.
         sigma_data: see denoising_weight.
 
     Returns:
-        loss, scalar float32.
+        the loss, a float32 scalar.
     """
     x = x.detach().float()
     alpha_t, sigma_t = at(mu_fake.alpha, t), at(mu_fake.sigma, t)
@@ -163,45 +163,44 @@ def denoising_loss(
 
 def regression_loss(x_ref: Tensor, y_ref: Tensor, distance: Callable) -> Tensor:
     """Eq. 9: the mean distance between x_ref = G(z_ref), attached to the generator's graph, and
-    y_ref, the teacher's ODE solution for the same z_ref; (B, C, H, W) -> scalar float32.
-
-    `distance` may give any shape, e.g. lpips_distance or l2_distance.
-    """
+    y_ref, the teacher's ODE solution for the same z_ref; (B, C, H, W) each -> float32 scalar.
+    `distance` may return any shape, as l2_distance and lpips_distance do."""
     return distance(x_ref.float(), y_ref.detach().float()).mean()
 
 
 def l2_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Squared difference (B, C, H, W): appendix I's replacement for LPIPS."""
+    """Squared difference (B, C, H, W): the replacement for LPIPS in appendix I."""
     return (x - y) ** 2
 
 
 def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> Tensor:
-    """Section 3.3's distance; images smaller than VGG's training size are upsampled bilinearly.
+    """LPIPS as in Section 3.3: in float32, on images upsampled bilinearly to VGG's 224x224.
 
-    The paper takes PIQ's LPIPS "following Song et al.", who have average pooling in the VGG; it
-    does not say whether DMD has. The network of teachers.load_lpips has VGG's own max pooling.
+    The paper takes PIQ's LPIPS "following Song et al.", who use average pooling in the VGG; it does
+    not say whether DMD does. The lpips package has VGG's own max pooling.
 
     Args:
         network: LPIPS (Zhang et al. 2018, arXiv 1801.03924), frozen, for RGB images in [-1, 1].
-        x, y: images (B, 1 or 3, H, W). They are not clamped: that would stop the gradient where
-            the generator overshoots. y carries no gradient, so its features build no graph.
+        x, y: images (B, 1 or 3, H, W). They are not clamped, because clamping would stop the
+            gradient where the generator overshoots.
 
     Returns:
         (B, 1, 1, 1).
     """
     x, y = (image.expand(-1, 3, -1, -1) for image in (x, y))
-    if max(x.shape[2:]) < size:  # not Stable Diffusion's 512x512
-        x, y = (F.interpolate(image, (size, size), mode="bilinear") for image in (x, y))
-    return network(x, y)
+    with torch.autocast(x.device.type, enabled=False):
+        if max(x.shape[2:]) < size:  # not Stable Diffusion's 512x512
+            x, y = (F.interpolate(image, (size, size), mode="bilinear") for image in (x, y))
+        return network(x, y)
 
 
 def dm_noise_levels(u: Tensor, t_max: int = T_MAX) -> Tensor:
-    """t ~ U(T_min, T_max) of Eq. 7, T_max excluded; u (B,) uniform in [0, 1) -> (B,) long."""
+    """t ~ U(T_min, T_max) of Eq. 7 without T_max itself; u (B,) uniform in [0, 1) -> (B,) long."""
     return T_MIN + (u * (t_max - T_MIN)).long()
 
 
 def all_noise_levels(u: Tensor) -> Tensor:
-    """t ~ U(0, 1) of Algorithm 1, line 8: any of the T levels; u as above -> (B,) long."""
+    """t ~ U(0, 1) in line 8 of Algorithm 1: any of the T levels; u as above -> (B,) long."""
     return (u * T).long()
 
 

@@ -4,11 +4,10 @@
     torchrun --nproc-per-node 8 make_pairs.py --dataset imagenet64      on eight GPUs
     python make_pairs.py --dataset sd15 --prompts captions.txt --guidance 3
 
-For every pair k, z ~ N(0, I) is drawn from (seed, k) and y is the teacher's deterministic ODE
-solution for it: EDM's Heun solver, or guided PNDM for Stable Diffusion (whose y are latents).
-Labels go round the classes: pair k has class k mod classes; so do the lines of --prompts.
-Interrupt it at any time; the same command goes on at the first missing shard. It leaves preview.png
-in the folder. The last line it prints:
+For pair k, z ~ N(0, I) is drawn from (seed, k), and y is the teacher's deterministic ODE solution
+for z: by EDM's Heun solver, or by guided PNDM for Stable Diffusion, whose y are latents. Pair k has
+class k mod the number of classes; lines of --prompts are used in turn as well. After an
+interruption, the same command resumes at the first missing shard. The last line it prints:
 
     1000 pairs of mnist in pairs/mnist (preview: pairs/mnist/preview.png)
 """
@@ -30,7 +29,7 @@ from plumbing.rundir import claim_folder
 from teachers import Teacher, load_teacher
 from workloads import Workload, get_workload
 
-# The options of this command, all of them of workloads.py.
+# The options of this command; workloads.py defines them.
 FLAGS = """
     dataset teacher num_pairs solver_steps prompts guidance decoder out=pairs seed solver_amp
     solver_batch shard_size device
@@ -51,7 +50,7 @@ def describe(config: Workload, record: dict[str, str]) -> dict:
 def make_shard(
     indices: range, config: Workload, teacher: Teacher, prompts: list[str], ranks: Ranks, bar: tqdm
 ) -> tuple[dict[str, Tensor], dict]:
-    """Solve the teacher's ODE for pairs k in indices -> tensors, metadata of a shard's file."""
+    """Solve the teacher's ODE for the pairs k in indices -> a shard's tensors and metadata."""
     z = sample_noise("pairs", config.seed, indices, teacher.image_shape)
     tensors, metadata = {"z": z, "index": torch.tensor(indices)}, {"dataset": config.dataset}
     cond = None
@@ -70,8 +69,8 @@ def make_shard(
         bar.update(len(solutions[-1]))
     y = torch.cat(solutions)
     if not y.isfinite().all():
-        raise UserError(f"the teacher gave NaN or infinity from pair {indices[0]} on; check it")
-    # Latents are of unit size, so float16 rounds them by 2^-11 of that; halves 500,000 pairs.
+        raise UserError(f"NaN or infinity in pairs {indices[0]}-{indices[-1]}; check the teacher")
+    # Latents have unit scale, so float16 rounds them by about 2^-11; it halves the pairs' files.
     tensors["y"] = y.half() if config.latent else y
     return tensors, metadata
 
@@ -86,7 +85,7 @@ def draw_preview(path: Path, shard: Path, teacher: Teacher, device: torch.device
 
 
 def report_too_long(cut_off: dict[str, str], ranks: Ranks) -> None:
-    """Print how many prompts of all ranks were too long, and what one of rank 0's has lost."""
+    """Print how many prompts were too long, over all ranks, and what was cut off from one."""
     number = ranks.sum(torch.tensor(len(cut_off))).item()
     if ranks.rank == 0 and number:
         example = f": {next(iter(cut_off.values()))!r}, for example" if cut_off else ""
@@ -94,7 +93,7 @@ def report_too_long(cut_off: dict[str, str], ranks: Ranks) -> None:
 
 
 def main(config: Workload) -> None:
-    """Solve the teacher's ODE for every missing shard; ranks take turns."""
+    """Solve the teacher's ODE for every missing shard. The ranks share the shards in turn."""
     prompts = read_prompts(Path(config.prompts)) if config.latent else []
     ranks = join_ranks(config.device)
     config = replace(config, solver_amp=pick_amp(config.solver_amp, ranks.device, config.half))
@@ -106,7 +105,7 @@ def main(config: Workload) -> None:
     ranks.barrier()
 
     missing = [(path, indices) for path, indices in shards(out, meta) if not path.exists()]
-    ranks.barrier()  # all have looked before the first shard is written
+    ranks.barrier()  # every rank has listed the missing shards before one is written
     mine = missing[ranks.rank :: ranks.count]
     total = sum(len(indices) for _, indices in mine)
     with tqdm(total=total, desc="pairs", unit="pair", disable=ranks.rank > 0) as bar:
@@ -119,7 +118,7 @@ def main(config: Workload) -> None:
         first_shard, _ = shards(out, meta)[0]
         draw_preview(out / "preview.png", first_shard, teacher, ranks.device)
         print(f"{config.num_pairs} pairs of {config.dataset} in {out} (preview: {out}/preview.png)")
-    ranks.barrier()  # all leave together
+    ranks.barrier()  # no rank leaves early
 
 
 if __name__ == "__main__":

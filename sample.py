@@ -1,18 +1,18 @@
 """Draw pictures with the one-step generator.
 
     python sample.py                          the newest run's generator, else the shipped one
-    python sample.py --teacher                beside the teacher's many steps from the same noise
+    python sample.py --teacher                the teacher's many-step result above each image
     python sample.py --labels 3 --seeds 7-46 --out threes.png
     python sample.py --checkpoint runs/sd15 --prompt "a red bicycle" "a lighthouse" --seeds 0-3
 
-Of one generator, image s is a function of its seed and its label or prompt alone; its noise occurs
-in no training. A CPU is enough for MNIST. --teacher prints the time per image of both; for Stable
-Diffusion it is from text to image: the text encoder and the decoder count. The last line it
-prints, after MNIST's default run:
+For a given generator, an image depends on its seed and its label or prompt alone; training never
+uses its noise. A CPU is enough for MNIST. --teacher also prints the time per image of both models;
+for Stable Diffusion it includes the text encoder and the decoder. MNIST's default run ends with
 
     wrote samples.png: 100 images of mnist from runs/mnist/generator.safetensors (step 1000)
 """
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,21 +32,19 @@ from workloads import Workload, get_workload
 
 @dataclass
 class Config(Options):
-    """Where an option is None, the generator's workload decides."""
+    """For an option that is None, the generator's workload decides."""
 
-    checkpoint: str | None = option(
-        None, "a run folder, a file, https://... or hf://... (default: the last run, or what ships)"
-    )
-    prompt: tuple[str, ...] = option((), "sd15: one or several, cycled over the images")
-    labels: str | None = option(None, "classes, cycled over the images: 7 or 0-9 (default: all)")
-    seeds: str | None = option(None, "of the images: 0-99 or 3,5,8 (default: 0-99; sd15: 0-3)")
-    out: str = option("samples.png", "a .png for one grid, or a folder for one file per image")
+    checkpoint: str | None = option(None, "run folder, file, https:// or hf:// (default: newest)")
+    prompt: tuple[str, ...] = option((), "sd15: one or several, used in turn")
+    labels: str | None = option(None, "classes, used in turn: 7 or 0-9 (default: all)")
+    seeds: str | None = option(None, "one per image: 0-99 or 3,5,8 (default: 0-99; sd15: 0-3)")
+    out: str = option("samples.png", "a .png file for one grid, or a folder for one file per image")
     columns: int = option(10, "images per row of the grid", least=1)
-    teacher: bool = option(False, "put the teacher's result above each image, and time both")
+    teacher: bool = option(False, "put the teacher's result above each image and time both")
     teacher_weights: str | None = option(None, "default: the dataset's own; sd15: G needs them too")
-    guidance: float | None = option(None, "sd15: of the teacher (default: the dataset's)", above=0)
+    guidance: float | None = option(None, "sd15: the teacher's (default: the dataset's)", above=0)
     steps: int | None = option(None, "of the teacher's solver (default: the dataset's)", least=1)
-    decoder: str = option("full", "sd15: decoder of the images", ("tiny", "full"))
+    decoder: str = option("full", "sd15: decoder that makes the images", ("tiny", "full"))
     amp: str | None = option(None, "half precision (default: for sd15 on a GPU)", AMP)
     batch_size: int | None = option(None, "images at a time (default: 100; sd15: 4)", least=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -55,36 +53,35 @@ class Config(Options):
         super().__post_init__()
         for name in ("steps", "guidance"):
             if getattr(self, name) is not None and not self.teacher:
-                raise UserError(f"--{name} is the teacher's; add --teacher, or leave it away")
+                raise UserError(f"--{name} is the teacher's; add --teacher or omit it")
         if Path(self.out).suffix.lower() not in ("", ".png"):
-            raise UserError(f"--out must be a .png or a folder, and {self.out} is neither")
+            raise UserError(f"--out must be a .png or a folder, not {self.out}")
 
 
 @torch.inference_mode()
 def main(config: Config) -> None:
-    """Sample, and write the pictures."""
+    """Draw the images and write them."""
     device, path = pick_device(config.device), find_generator(config.checkpoint)
     G, metadata = load_generator(path)
     given = {"teacher": config.teacher_weights, "guidance": config.guidance}
     given |= {"solver_steps": config.steps, "decoder": config.decoder}
     given = {name: value for name, value in given.items() if value is not None}
     workload = get_workload(metadata["dataset"], **given)
-    latent = workload.latent
     amp = pick_amp(config.amp or workload.solver_amp, device, workload.half)
 
-    # Image i: noise of seed i, label or prompt i of the cycle.
-    seeds = parse_numbers(config.seeds or ("0-3" if latent else "0-99"), "seeds")
+    # Image i has the noise of seed i and the label or prompt i of the cycle.
+    seeds = parse_numbers(config.seeds or ("0-3" if workload.latent else "0-99"), "seeds")
     if not Path(config.out).suffix and len(set(seeds)) < len(seeds):
-        raise UserError("--seeds names a seed twice, but in a folder each seed is one file")
-    classes = 0 if latent else G.mu.net.label_dim
-    cond = choose_condition(config, workload, classes, len(seeds), device)
+        raise UserError("--seeds lists a seed twice; for a folder, give each seed once")
+    classes = 0 if workload.latent else G.mu.net.label_dim
+    cond = choose_condition(config, workload, classes, len(seeds))
+    cond = torch.tensor(cond, device=device) if classes else cond
     z = sample_noise("samples", 0, seeds, G.mu.net.image_shape)
-    z = z.to(device, memory_format=torch.channels_last)
-    G = G.to(device, memory_format=torch.channels_last)
+    z, G = (each.to(device, memory_format=torch.channels_last) for each in (z, G))
 
-    # Beside G, Stable Diffusion needs its text encoder and a decoder; EDM needs nothing.
+    # Besides G, Stable Diffusion needs its text encoder and a decoder; EDM needs nothing.
     encode = decode = lambda same: same
-    if latent or config.teacher:
+    if workload.latent or config.teacher:
         teacher = load_teacher(workload, with_unet=config.teacher).to(device, amp)
         encode, decode = teacher.encode, teacher.decode
 
@@ -94,14 +91,14 @@ def main(config: Config) -> None:
             x = solve(z[rows], encode(None if cond is None else cond[rows]))
             return decode(x).cpu()  # .cpu() waits for the GPU
 
-    size = config.batch_size or (4 if latent else 100)
+    size = config.batch_size or (4 if workload.latent else 100)
     batches = [slice(start, start + size) for start in range(0, len(seeds), size)]
     solvers, bands, times = [G], [], []
     if config.teacher:
         if config.teacher_weights is None:
             check_teaches(teacher, metadata, path)
         solvers = [partial(teacher.solve, steps=workload.solver_steps), G]
-        for solve in (partial(teacher.solve, steps=2), G):  # what is done once only is not timed
+        for solve in (partial(teacher.solve, steps=2), G):  # warm up: not timed
             draw(solve, batches[0])
     for solve in solvers:
         clock = time.perf_counter()
@@ -113,7 +110,7 @@ def main(config: Config) -> None:
             f"{times[0]:.2f} ms per image; student, 1 evaluation: {times[1]:.2f} ms per image; "
             f"{times[0] / times[1]:.1f} times faster"
         )
-    if latent:
+    if workload.latent:
         for cut_off in teacher.sd.tokenizer.too_long.values():
             print(f"a prompt is too long for the text encoder: {cut_off!r} is cut off")
     where = write_pictures(Path(config.out), bands, seeds, config.columns)
@@ -124,26 +121,20 @@ def main(config: Config) -> None:
 
 def parse_numbers(text: str, name: str) -> list[int]:
     """ "0-3,7" -> [0, 1, 2, 3, 7]."""
-    ranges = [part.partition("-") for part in text.split(",")]
-    try:
-        spans = [range(int(a), int(b or a) + 1) for a, _, b in ranges]
-    except ValueError:
-        spans = [range(0)]
-    numbers = [n for span in spans for n in span]
-    if not all(spans) or max(numbers) >= 2**64:
+    parts = [re.fullmatch(r" *([0-9]+)(?:-([0-9]+))? *", part) for part in text.split(",")]
+    spans = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part]
+    if not all(parts) or not all(spans) or max(span[-1] for span in spans) >= 2**64:
         raise UserError(f"--{name} must be like 0-9 or 3,5,8, not {text!r}")
-    return numbers
+    return [n for span in spans for n in span]
 
 
-def choose_condition(
-    config: Config, workload: Workload, classes: int, count: int, device: torch.device
-) -> Tensor | list[str] | None:
-    """What each image shall show: labels (count,), prompts, or None; they go round."""
+def choose_condition(config: Config, workload: Workload, classes: int, count: int) -> list | None:
+    """The label or prompt of each image, cycled from those given; None without either."""
     cycle = config.prompt
     if cycle and not workload.latent:
         raise UserError(f"--prompt is for sd15; this is a generator of {workload.dataset}")
     if config.labels is not None and not classes:
-        raise UserError(f"a generator of {workload.dataset} has no --labels; leave them away")
+        raise UserError(f"a generator of {workload.dataset} has no --labels; omit them")
     if classes:
         cycle = parse_numbers(config.labels or f"0-{classes - 1}", "labels")
         if max(cycle) >= classes:
@@ -151,25 +142,23 @@ def choose_condition(
     elif not workload.latent:
         return None
     elif not cycle or not all(prompt.strip() for prompt in cycle):
-        raise UserError('this generator draws what it is told: give --prompt "a red bicycle"')
+        raise UserError('this generator draws from text; give --prompt "a red bicycle"')
     elif len(cycle) > count:
         raise UserError(f"{len(cycle)} prompts need as many --seeds, not {count}")
-    chosen = [cycle[i % len(cycle)] for i in range(count)]
-    return torch.tensor(chosen, device=device) if classes else chosen
+    return [cycle[i % len(cycle)] for i in range(count)]
 
 
 def write_pictures(out: Path, bands: list[Tensor], seeds: list[int], columns: int) -> str:
-    """One grid, the bands' rows in turn, or one PNG per image, named by its seed -> what was
-    written, for the last line."""
-    x = bands[-1]
+    """One grid in which the bands' rows alternate, or a folder of one PNG per seed -> its name."""
+    x = torch.stack(bands, dim=1)  # (N, bands, C, H, W)
     scale, columns = max(1, 64 // x.shape[-1]), min(columns, len(x))
     if not out.suffix:
-        for seed, *pair in zip(seeds, *bands, strict=True):
-            save_grid(out / f"{seed:06d}.png", torch.stack(pair), columns=1, scale=scale, gap=0)
+        for seed, column in zip(seeds, x, strict=True):
+            save_grid(out / f"{seed:06d}.png", column, columns=1, scale=scale, gap=0)
         return f"{out}/"
     white = x.new_ones(-len(x) % columns, *x.shape[1:])  # to the end of the last row
-    rows = zip(*(torch.cat([band, white]).split(columns) for band in bands), strict=True)
-    save_grid(out, torch.cat([row for group in rows for row in group]), columns, scale)
+    rows = torch.cat([x, white]).unflatten(0, (-1, columns)).transpose(1, 2)
+    save_grid(out, rows.flatten(0, 2), columns, scale)  # (rows * bands * columns, C, H, W)
     return str(out)
 
 

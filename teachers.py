@@ -1,13 +1,18 @@
-"""A pretrained diffusion model, as every script uses it, whether it is EDM's or Stable Diffusion.
+"""A pretrained diffusion model as every script uses it, and the file of a generator.
 
-    teacher = load_teacher(get_workload("imagenet64"))
-    teacher.mu_real(x_t, t, cond)                the teacher of Eq. 4, guided (Section 3.4)
-    teacher.student()                            what G and mu_fake start as: unguided
-    teacher.encode(labels or prompts) -> cond    what the networks take
-    teacher.solve(z, cond, steps) -> y           its ODE solution, for the pairs
-    teacher.decode(x) -> images                  in [-1, 1]; EDM's x are images already
+load_teacher returns an EDMTeacher or an sd_loader.SDTeacher, which are used in the same way:
 
-and a generator's file: generator_file is what a run writes, load_generator reads it, and others'.
+    mu_real(x_t, t, cond)    the frozen denoiser of Eq. 4, with guidance (Section 3.4)
+    student()                a trainable copy without guidance: what G and mu_fake start as
+    encode(given)            labels or prompts -> cond, the condition that the networks take
+    solve(z, cond, steps)    noise z ~ N(0, I) (B, C, H, W) -> y, the ODE's solution, for the pairs
+    evaluations(steps)       how many times `solve` evaluates the network
+    decode(x)                -> images, about [-1, 1]; EDM's x are images already
+    to(device, amp)          move it to a device -> the teacher itself
+    record                   {"name", "sha256"}: how a run and its pairs identify the teacher
+    image_shape              (C, H, W) of z, x and y
+    num_classes              0 if it is unconditional or takes text
+    sigma_data               standard deviation of the data, for dmd_loss.denoising_weight, or None
 """
 
 import copy
@@ -27,20 +32,12 @@ from plumbing.files import file_hash, one_line, one_line_errors, read_header, to
 from plumbing.options import UserError
 from workloads import ASSETS, WORKLOADS, Workload
 
-# What a bare state dict may be: it is recognised by its names and shapes.
+# A bare state dict may hold one of these; its names and shapes tell which.
 ARCHITECTURES = [row.network for row in WORKLOADS.values() if row.network and not row.latent]
 
 
 class EDMTeacher:
-    """An EDM network: pixels, class labels or nothing as condition, Heun's solver.
-
-    Attributes:
-        mu_real: the teacher as a denoiser, frozen.
-        record: {"name", "sha256"}, what a run or its pairs remember it by.
-        sigma_data: of the weight with which the model was trained, see dmd_loss.denoising_weight.
-        image_shape: (C, H, W) of z, x and y.
-        num_classes: 0: unconditional, or conditioned on text.
-    """
+    """An EDM network: pixels, class labels or no condition, Heun's solver."""
 
     def __init__(self, net: EDMPrecond, record: dict[str, str]):
         self.mu_real = EDMDenoiser(net).eval().requires_grad_(False)
@@ -48,7 +45,7 @@ class EDMTeacher:
         self.image_shape, self.num_classes = net.image_shape, net.label_dim
 
     def to(self, device: torch.device, amp: str = "off") -> "EDMTeacher":
-        """Move it to a device. (Its weights stay float32 under any `amp`: they are small.)"""
+        """Move it to a device. Its weights are small and stay float32 under any `amp`."""
         self.mu_real.to(device, memory_format=torch.channels_last)
         return self
 
@@ -57,56 +54,55 @@ class EDMTeacher:
         return copy.deepcopy(self.mu_real).requires_grad_(True)
 
     def encode(self, labels: Tensor | None) -> Tensor | None:
-        """Labels (B,) long are the condition; None for an unconditional network."""
+        """Labels (B,) long, on the network's device; None for an unconditional network."""
         return None if labels is None else labels.to(self.mu_real.sigma.device)
 
     def solve(self, z: Tensor, cond: Tensor | None, steps: int) -> Tensor:
-        """EDM's Heun solver: z ~ N(0, I) (B, C, H, W) -> y (B, C, H, W)."""
+        """Heun's solver, EDM's Algorithm 1: z ~ N(0, I) -> y, (B, C, H, W)."""
         return heun_sample(self.mu_real.net, z, cond, steps)
 
     def evaluations(self, steps: int) -> int:
-        """Network evaluations of `solve`."""
+        """Heun's last step needs only one evaluation, every other step two."""
         return 2 * steps - 1
 
     def decode(self, x: Tensor, decoder: str | None = None) -> Tensor:
-        """Samples are images already."""
+        """Return x, which holds images already."""
         return x
 
 
-Teacher = EDMTeacher  # or sd_loader.SDTeacher, which is used in the same way
+Teacher = EDMTeacher  # or sd_loader.SDTeacher, which is not imported here
 
 
 def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
-    """The teacher of a workload, on the CPU; downloaded if it is neither embedded nor a file.
+    """The teacher of a workload, on the CPU; it is downloaded unless it is a local file.
 
-    with_unet: G does without that of sd15's teacher; it needs the text encoder and a decoder.
+    with_unet: False loads only the text encoder and a decoder of sd15, enough to sample from G.
     """
-    source = workload.teacher
     if workload.latent:
-        from sd_loader import load_sd_teacher  # here, because MNIST and EDM do without it
+        from sd_loader import load_sd_teacher  # here: MNIST and EDM need none of it
 
         decoders = (workload.decoder, *(values.get("decoder") for _, values in workload.phases))
-        return load_sd_teacher(source, workload.guidance, decoders, with_unet)
-    if not source:
-        raise UserError("give the file of your network: --teacher FILE, or --teacher-weights FILE")
-    path = fetch(source)
+        return load_sd_teacher(workload.teacher, workload.guidance, decoders, with_unet)
+    if not workload.teacher:
+        raise UserError("no network is given; add --teacher FILE or --teacher-weights FILE")
+    path = fetch(workload.teacher)
     net = load_edm(path, ARCHITECTURES)
     found, wanted = (images_of(network) for network in (net.kwargs, workload.network or net.kwargs))
     if found != wanted:
-        what = f"{path} makes {found}, but {workload.dataset} is {wanted}"
-        raise UserError(f"{what}; any network may be distilled with --dataset edm")
+        what = f"{path} makes {found}, but {workload.dataset} needs {wanted}"
+        raise UserError(f"{what}; use --dataset edm for a network of your own")
     return EDMTeacher(net, {"name": path.name, "sha256": file_hash(path)})
 
 
 def images_of(network: dict) -> str:
-    """What a network of these arguments makes, such as "1x28x28 images of 10 classes"."""
+    """What a network with these arguments makes, such as "1x28x28 images of 10 classes"."""
     shape = "{img_channels}x{img_resolution}x{img_resolution}"
     return f"{shape} images of {{label_dim}} classes".format(**network)
 
 
 def load_lpips(device: torch.device) -> Callable:
-    """The frozen network of dmd_loss.lpips_distance."""
-    from lpips import LPIPS  # slow to import, and not needed for L2
+    """The frozen network for dmd_loss.lpips_distance."""
+    from lpips import LPIPS  # here: slow to import, and L2 needs none of it
 
     try:
         return LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
@@ -118,14 +114,10 @@ def load_lpips(device: torch.device) -> Callable:
         ) from None
 
 
-# --------------------------------------------------------------------------------------------------
-# Generators
-
-
 def generator_file(
     G: OneStepGenerator, workload: Workload, record: dict[str, str], step: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What generator.safetensors holds: tensors under the released files' names, and metadata."""
+    """What a run's generator.safetensors holds: tensors under the teacher's names, and metadata."""
     net = G.mu.net
     return net.state_dict(), {
         "role": "generator",
@@ -137,14 +129,16 @@ def generator_file(
 
 
 def load_generator(path: Path) -> tuple[OneStepGenerator, dict[str, str]]:
-    """G_theta from a run's generator.safetensors, and the file's metadata (its dataset, step, ...).
-    Also from others' EDM checkpoints, whose dataset is told by the network's images, and from UNets
+    """G_theta and the metadata (dataset, step, ...) from a run's generator.safetensors. Also reads
+    other people's EDM checkpoints, whose dataset follows from the shape of their images, and UNets
     of Stable Diffusion v1.x under diffusers' names."""
     if is_sd_unet(path):
         from sd_loader import SDDenoiser, load_network
 
         metadata = read_header(path)[1] if file_format(path) == "safetensors" else {}
-        config = json.loads(metadata.get("kwargs", "null"))  # None: as beside, or SD v1.5's
+        config = json.loads(
+            metadata.get("kwargs", "null")
+        )  # None: the config.json beside it, or SD v1.5's
         mu = SDDenoiser(load_network("unet", path, config).requires_grad_(False))
         metadata = {"role": "generator", "dataset": "sd15"} | metadata
     else:
@@ -156,14 +150,13 @@ def load_generator(path: Path) -> tuple[OneStepGenerator, dict[str, str]]:
             metadata = {"role": "generator", "dataset": next(fitting, "edm")} | metadata
         mu = EDMDenoiser(net, metadata.get("sigma", SIGMA_MAX))
     if metadata.get("role") != "generator" or metadata.get("dataset") not in WORKLOADS:
-        raise UserError(f"{path} is not a one-step generator; use a generator.safetensors of a run")
+        raise UserError(f"{path} is not a one-step generator; use a run's generator.safetensors")
     return OneStepGenerator(mu).eval(), metadata
 
 
 def is_sd_unet(path: Path) -> bool:
     """Whether a file of weights holds a UNet under diffusers' names."""
-    kind = file_format(path)
-    if kind == "pickle":  # NVIDIA's
+    if (kind := file_format(path)) == "pickle":  # NVIDIA's
         return False
     with one_line_errors(path):
         names = read_header(path)[0] if kind == "safetensors" else torch_load(path)
@@ -171,7 +164,7 @@ def is_sd_unet(path: Path) -> bool:
 
 
 def check_teaches(teacher: Teacher, metadata: dict, path: Path) -> None:
-    """Raise UserError if a generator's file says that it was distilled from another teacher."""
+    """Raise UserError if a generator's metadata name another teacher than this one."""
     if metadata.get("teacher_sha256", teacher.record["sha256"]) != teacher.record["sha256"]:
         raise UserError(
             f"{path} was distilled from another teacher than {teacher.record['name']}; "
@@ -180,8 +173,8 @@ def check_teaches(teacher: Teacher, metadata: dict, path: Path) -> None:
 
 
 def find_generator(given: str | None) -> Path:
-    """The generator to use: the one given (a run folder, a file, or an address that downloads.fetch
-    knows), else the newest run's, else the shipped one (and says so)."""
+    """The given generator (a run folder, a file, or an address for downloads.fetch), or else the
+    newest run's, or else the shipped one, with a printed note."""
     if given:
         folder = Path(given)
         return folder / "generator.safetensors" if folder.is_dir() else fetch(given)

@@ -1,23 +1,21 @@
-"""Figure 3 of DMD in the plane: what each of the two scores does, and what the regression adds.
+"""Figure 3 of the paper in the plane: what each score does, and what the regression loss adds.
 
     python toy_2d.py
-    python toy_2d.py --film figure3.gif          the same, moving: a minute more
+    python toy_2d.py --film figure3.gif          the same as a film, one minute more
 
 The real data are two Gaussian modes, ten standard deviations apart. Their denoiser E[x_0 | x_t] has
 a closed form, which is the teacher. A generator that starts as one spot beside the near mode is
 trained three times, by Algorithm 1 and the losses of dmd_loss.py:
 
     (a) real score only          all samples climb to the near mode's peak
-    (b) real and fake scores     the samples spread over the near mode; the far one is missed
+    (b) real and fake scores     the samples spread over the near mode and miss the far one
     (c) scores and regression    both modes, half of the samples each
 
-Eq. 7's noise is kept small here, sigma up to a fifth of the distance between the modes (t up to
-260 of 1000): with more, the teacher's score at the near mode feels the far one. Try --max-step 400,
-where sigma reaches that distance: (b) then finds both modes without any pairs.
+The noise of Eq. 7 is kept small here: t up to 260 of 1000, where sigma is a fifth of the distance
+between the modes. With more noise, the teacher's score at the near mode feels the far one. Try
+--max-step 400, where sigma reaches that distance: (b) then finds both modes without any pairs.
 
-Device: CPU, about 20 seconds. It prints how the samples spread, and last:
-
-    wrote figure3.png
+It takes about 20 seconds on a CPU. The last line it prints: wrote figure3.png
 """
 
 import math
@@ -43,19 +41,13 @@ from dmd_loss import (
 from edm_unet import EDMDenoiser, heun_sample, preconditioning
 from plumbing.drawing import draw_film, draw_panels, write_figure
 from plumbing.options import Options, option, run_script
-from plumbing.pairs import generator, normal, sample_noise, uniform
 
 MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
 STD = 0.1  # of each mode, along both axes
 START = torch.tensor([-0.62, 0.12])  # the spot where the generator starts
-
-BATCH = 256
-NUM_PAIRS = 10_000
-LEARNING_RATE_G = 5e-4
-LEARNING_RATE_FAKE = 5e-3  # mu_fake has to keep up with G, whose samples it describes
-
-# The film's arrows: at how many samples, and at which noise level the scores are asked.
-ARROWS, FILM_T = 20, 240
+NUM_PAIRS, BATCH = 10_000, 256
+LEARNING_RATE = 5e-4  # of G; ten times as much for mu_fake, which has to keep up with G
+ARROWS, FILM_T = 20, 240  # of the film: the number of arrows, the noise level of their scores
 
 # Panel -> (does the fake score take part?, lambda_reg)
 PANELS = {
@@ -67,13 +59,13 @@ PANELS = {
 
 @dataclass
 class Config(Options):
-    """The noise levels, steps, seed and file of the three panels."""
+    """The options of the command."""
 
     out: str = option("figure3.png", "file of the picture")
     film: str | None = option(None, "file of a film of the training, a .gif")
     steps: int = option(3000, "training steps per panel", least=1)
     max_step: int = option(260, "T_max of Eq. 7 (the paper: 980)", least=T_MIN + 1, most=T)
-    seed: int = option(0, "seed of everything random", least=0)
+    seed: int = option(0, "seed of everything random", least=0, below=2**63)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,7 +81,7 @@ class MixtureDenoiser(nn.Module):
         offset = x.reshape(-1, 1, 2) - MODES  # (B, modes, axes)
         variance = STD**2 + sigma**2  # of either mode, once diffused
 
-        # Which mode x came from, and what x_0 was if it came from that mode.
+        # The probability of either mode, and what x_0 is if x came from that mode.
         p_mode = (-(offset**2).sum(dim=2, keepdim=True) / (2 * variance)).softmax(dim=1)
         mean = MODES + STD**2 / variance * offset
         return (p_mode * mean).sum(dim=1).reshape(x.shape)
@@ -124,24 +116,18 @@ class MLPDenoiser(nn.Module):
         return (c_skip * point + c_out * F).reshape(x.shape)
 
 
-class Generator(nn.Module):
-    """G(z), which starts as one spot: START, but for a little noise that lets it unfold."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = mlp(2)
-        nn.init.normal_(self.net[-1].weight, std=0.002)
-        with torch.no_grad():
-            self.net[-1].bias.copy_(START)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z ~ N(0, I) (B, 2, 1, 1) -> x (B, 2, 1, 1)."""
-        return self.net(z.flatten(1)).reshape(z.shape)
+@torch.no_grad()
+def one_spot() -> nn.Sequential:
+    """G before training: z (B, 2, 1, 1) -> START and a little noise, so that it can unfold."""
+    net = mlp(2)
+    nn.init.normal_(net[-1].weight, std=0.002)
+    net[-1].bias.copy_(START)
+    return nn.Sequential(nn.Flatten(), net, nn.Unflatten(1, (2, 1, 1)))
 
 
 def no_score(x_t: Tensor, t: Tensor, cond: None = None) -> Tensor:
-    """The denoiser of a density that is the same everywhere, mu = x_t / alpha_t: its score is 0, so
-    in the place of mu_fake it removes s_fake from Eq. 7 (alpha_t is 1 here)."""
+    """The denoiser of a uniform density, mu = x_t / alpha_t = x_t. Its score is 0, so in the place
+    of mu_fake it removes s_fake from Eq. 7."""
     return x_t
 
 
@@ -149,39 +135,33 @@ def no_score(x_t: Tensor, t: Tensor, cond: None = None) -> Tensor:
 # Algorithm 1
 
 
-def start(seed: int) -> tuple[Generator, EDMDenoiser]:
-    """G and mu_fake before training, the same ones for every panel."""
-    torch.manual_seed(seed)
-    return Generator(), EDMDenoiser(MLPDenoiser())
-
-
 def make_pairs(mu_real: EDMDenoiser, seed: int) -> tuple[Tensor, Tensor]:
     """z_ref ~ N(0, I) and the teacher's ODE solution y_ref for it, (NUM_PAIRS, 2, 1, 1) each."""
-    z_ref = sample_noise("pairs", seed, range(NUM_PAIRS), (2, 1, 1))
+    z_ref = torch.randn(NUM_PAIRS, 2, 1, 1, generator=torch.Generator().manual_seed(seed))
     return z_ref, heun_sample(mu_real.net, z_ref, steps=40)
 
 
 def train_panel(
     panel: str, config: Config, mu_real: EDMDenoiser, pairs: tuple[Tensor, Tensor]
-) -> Iterator[tuple[Generator, EDMDenoiser]]:
-    """Algorithm 1, to be read beside train.training_step: train G, for one of PANELS. Yields G and
-    mu_fake before every step, and at the end."""
+) -> Iterator[tuple[nn.Module, EDMDenoiser]]:
+    """Algorithm 1 for one of PANELS. Yields G and mu_fake before every step and at the end."""
     use_fake_score, lambda_reg = PANELS[panel]
-    G, mu_fake = start(config.seed)
-    learner_G, learner_fake = (torch.optim.Adam(network.parameters()) for network in (G, mu_fake))
+    torch.manual_seed(config.seed)  # every panel has the same networks and draws the same numbers
+    G, mu_fake = one_spot(), EDMDenoiser(MLPDenoiser())
+    adam_G, adam_fake = (torch.optim.Adam(network.parameters()) for network in (G, mu_fake))
     for step in tqdm(range(config.steps), desc=panel):
         yield G, mu_fake
+        rate = LEARNING_RATE * (1 - step / config.steps)  # constant, G and mu_fake would circle
 
         # 1. Sample z ~ N(0, I), and pairs (z_ref, y_ref) ~ D.
-        draws = generator("toy", config.seed, step)
-        z, noise, noise_fake = normal(draws, 3, BATCH, 2, 1, 1)
-        u, u_fake, u_ref = uniform(draws, 3, BATCH)
-        z_ref, y_ref = (part[(u_ref * NUM_PAIRS).long()] for part in pairs)
+        z, noise, noise_fake = torch.randn(3, BATCH, 2, 1, 1)
+        u, u_fake = torch.rand(2, BATCH)
         t, t_fake = dm_noise_levels(u, config.max_step), all_noise_levels(u_fake)
+        k = torch.randint(NUM_PAIRS, (BATCH,))
+        z_ref, y_ref = (part[k] for part in pairs)
 
         # 2. Generate x = G(z) and x_ref = G(z_ref) in one call.
-        both = G(torch.cat([z, z_ref]))
-        x, x_ref = both.split([BATCH, BATCH])
+        x, x_ref = G(torch.cat([z, z_ref])).split([BATCH, BATCH])
 
         # 3. Distribution-matching gradient (Eq. 7) and regression (Eq. 9); step G.
         loss_kl = distribution_matching_loss(
@@ -189,38 +169,38 @@ def train_panel(
         )
         loss_reg = regression_loss(x_ref, y_ref, l2_distance)
         (loss_kl + lambda_reg * loss_reg).backward()
-        take_step(learner_G, LEARNING_RATE_G, step, config.steps)
+        take_step(adam_G, rate)
 
         # 4. Denoise the generated samples (Eq. 6): the same x, detached.
         loss_denoise = denoising_loss(mu_fake, x.detach(), None, t=t_fake, noise=noise_fake)
-        loss_denoise.backward()
 
         # 5. Step mu_fake.
-        take_step(learner_fake, LEARNING_RATE_FAKE, step, config.steps)
+        loss_denoise.backward()
+        take_step(adam_fake, 10 * rate)
     yield G, mu_fake
 
 
-def take_step(learner: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
-    """One step, at a learning rate that falls to zero: or G and mu_fake would circle for ever."""
-    learner.param_groups[0]["lr"] = (1 - step / steps) * peak
-    learner.step()
-    learner.zero_grad()
+def take_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """One step at this learning rate."""
+    optimizer.param_groups[0]["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 # --------------------------------------------------------------------------------------------------
-# What came out
+# What comes out
 
 
 @torch.no_grad()
-def generate(G: Generator, seed: int, n: int = 5000) -> Tensor:
+def generate(G: nn.Module, seed: int, n: int = 5000) -> Tensor:
     """n fresh samples of G, (n, 2, 1, 1)."""
-    return G(sample_noise("samples", seed, range(n), (2, 1, 1)))
+    return G(torch.randn(n, 2, 1, 1, generator=torch.Generator().manual_seed(seed + 1)))
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples x (B, 2, 1, 1), by the mode they are nearest to -> their share (2 modes,), and spread
-    (2 modes, 2 axes) over the mode's own, NaN where the share is under 1 %. The spread is 1.4826 x
-    the median absolute deviation, which a few stray samples do not change."""
+    """Samples x (B, 2, 1, 1) -> the share (2 modes,) of those nearest to each mode, and the spread
+    of these (2 modes, 2 axes) relative to the mode's own, NaN where the share is under 1 %. Spread
+    is 1.4826 x the median absolute deviation, which a few stray samples do not change."""
     x = x.flatten(1)
     nearest = torch.cdist(x, MODES).argmin(dim=1)
     share = torch.bincount(nearest, minlength=2) / len(x)
@@ -234,19 +214,17 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(panels: dict[str, Tensor], size: tuple[float, float]):
-    """Each panel's samples, (B, 2, 1, 1), over real ones -> a figure of this size in inches."""
-    real = MODES.repeat(700, 1) + STD * sample_noise("pictures", 0, range(1400), (2,))
+    """Each panel's samples (B, 2, 1, 1) over real ones -> a figure of this size in inches."""
+    noise = torch.randn(1400, 2, generator=torch.Generator().manual_seed(0))
     shares = [statistics(samples)[0].tolist() for samples in panels.values()]
     labels = [f"near mode {near:.0%}, far mode {far:.0%}" for near, far in shares]
-    return draw_panels(panels, labels, real, MODES, STD, size)
+    return draw_panels(panels, labels, MODES.repeat(700, 1) + STD * noise, MODES, STD, size)
 
 
 @torch.no_grad()
-def look(
-    panel: str, G: Generator, mu_real: EDMDenoiser, mu_fake: EDMDenoiser, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the film shows of this moment -> samples (1400, 2, 1, 1); of the first ARROWS, taken as
-    x_t at FILM_T, sigma_t^2 s_real, the way to what mu_real makes of x_t, and sigma_t^2 s_fake."""
+def look(panel: str, G, mu_real, mu_fake, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A moment of the film -> samples (1400, 2, 1, 1) and, with the first ARROWS of them taken as
+    x_t at FILM_T, sigma_t^2 s_real, the way to mu_real's estimate, and sigma_t^2 s_fake."""
     samples, (use_fake_score, _) = generate(G, seed, 1400), PANELS[panel]
     x, t = samples[:ARROWS], torch.full((ARROWS,), FILM_T)
     return samples, mu_real(x, t) - x, (mu_fake(x, t) - x) * use_fake_score
@@ -256,12 +234,13 @@ def main(config: Config) -> None:
     """Train the panels, print where their samples are, draw the figure."""
     mu_real = EDMDenoiser(MixtureDenoiser())
     pairs = make_pairs(mu_real, config.seed)
-    samples = {"start": generate(start(config.seed)[0], config.seed)}
-    # Sixty moments, dense at first, where most happens.
+    # Sixty moments, dense at first, when most happens.
     moments = sorted({round(config.steps * (k / 59) ** 2) for k in range(60)})
-    films = {panel: [] for panel in PANELS}
+    samples, films = {}, {panel: [] for panel in PANELS}
     for panel, film in films.items():
         for step, (G, mu_fake) in enumerate(train_panel(panel, config, mu_real, pairs)):
+            if step == 0:
+                samples["start"] = generate(G, config.seed)
             if config.film and step in moments:
                 film.append(look(panel, G, mu_real, mu_fake, config.seed))
         samples[panel] = generate(G, config.seed)

@@ -1,19 +1,17 @@
-"""Train the one-step generator: Algorithm 1 of the paper.
+"""Train the one-step generator: Algorithm 1 of the paper, for runs of any size.
 
     python train.py                                          MNIST, minutes on 2 CPU cores
     torchrun --nproc-per-node 7 train.py --dataset imagenet64            on seven GPUs
 
-Needs pairs (python make_pairs.py). It writes runs/DATASET/: config.json, log.csv, curves.png,
-samples_STEP.png (the teacher's y_ref above G(z_ref), then fresh G(z)) and a film of them,
-checkpoint.pt to resume from and generator.safetensors, the result. Ctrl-C saves; the same command
-goes on, as if it had not been interrupted. The last line it prints:
+It needs pairs (python make_pairs.py) and writes runs/DATASET/: config.json, log.csv, curves.png,
+samples_STEP.png (the teacher's y_ref above G(z_ref), then G of fresh noise), a film of these,
+checkpoint.pt to resume from, and the result, generator.safetensors. Ctrl-C saves and stops; the
+same command resumes. The last line it prints:
 
     wrote runs/mnist/generator.safetensors; look at it with: python sample.py
 
-Line 1 of Algorithm 1 is `prepare`, its loop body `training_step`. What step k draws for row i of
-the global batch is a function of (seed, k, i) alone, so neither resuming nor the number of
-processes nor accumulation changes what is computed, beyond rounding; on one CPU process resuming
-changes not a bit.
+Row i of step k draws from (seed, k, i) alone. Resuming, the number of processes and accumulation
+therefore change nothing but rounding; on one CPU process, resuming changes no bit.
 """
 
 import contextlib
@@ -41,25 +39,72 @@ from plumbing.devices import Ranks, autocast, join_ranks, pick_amp, share, to
 from plumbing.optim import Learner, Unfinished, average_decay
 from plumbing.options import UserError, run_script
 from plumbing.pairs import Pairs, draw_rows, sample_noise
-from plumbing.rundir import (
-    Log,
-    Signals,
-    claim_folder,
-    load_checkpoint,
-    save_film,
-    save_pictures,
-    save_run,
-    save_unet_folder,
-)
+from plumbing.rundir import Log, Signals, claim_folder, load_checkpoint, save_pictures, save_run
 from teachers import Teacher, generator_file, load_lpips, load_teacher
 from workloads import Workload, get_workload
 
-# The options of this command, all of them of workloads.py.
+# The options of this command; workloads.py defines them.
 FLAGS = """
     dataset teacher pairs out seed steps batch_size batch_size_ref learning_rate beta1 fake_lr_ratio
     ema lambda_dm lambda_reg distance weighting max_dm_step decoder
     amp device accumulate compile shard_optimizer save_every save_minutes keep
 """
+
+
+# --------------------------------------------------------------------------------------------------
+# The mathematics of a step: Algorithm 1 for one batch
+
+
+class Batch(NamedTuple):
+    """B unpaired and R paired samples. The losses of x take K = B of them, or B + R by line 4."""
+
+    z: Tensor  # (B, C, H, W)
+    z_ref: Tensor  # (R, C, H, W)
+    y_ref: Tensor  # (R, C, H, W)
+    cond: Tensor | None  # of both: (B + R,) labels, or (B + R, 77, 768) text states
+    t: Tensor  # (K,) long, for the KL gradient
+    noise: Tensor  # (K, C, H, W)
+    t_fake: Tensor  # the same for the denoising loss
+    noise_fake: Tensor
+
+    @property
+    def cond_x(self) -> Tensor | None:
+        """The condition of the K samples x."""
+        return None if self.cond is None else self.cond[: len(self.t)]
+
+
+def generator_losses(
+    G: Callable, mu_fake: Callable, teacher: Teacher, distance: Callable, config: Workload, b: Batch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines 3 to 6 -> x (K, C, H, W), L_KL and L_reg. A loss of weight 0 is not computed."""
+    # 2. Generate x = G(z) and x_ref = G(z_ref) in one call.
+    both = G(torch.cat([b.z, b.z_ref]), b.cond)
+    x, x_ref = both.split([len(b.z), len(b.z_ref)])
+    if config.kl_on_pairs:
+        x = both  # line 4: x <- concat(x, x_ref)
+
+    # 3. Distribution-matching gradient (Eq. 7) and regression (Eq. 9); step G.
+    loss_kl = loss_reg = x.new_zeros(())
+    if config.lambda_dm:
+        loss_kl = distribution_matching_loss(
+            teacher.mu_real, mu_fake, x, b.cond_x, t=b.t, noise=b.noise, weighting=config.weighting
+        )
+    if config.lambda_reg:
+        images, images_ref = (teacher.decode(each, config.decoder) for each in (x_ref, b.y_ref))
+        loss_reg = regression_loss(images, images_ref, distance)
+    return x, loss_kl, loss_reg
+
+
+def fake_loss(mu_fake: Callable, teacher: Teacher, b: Batch, x: Tensor) -> Tensor:
+    """Lines 8 and 9 -> L_denoise of the generated samples x (K, C, H, W), detached."""
+    # 4. Denoise the generated samples (Eq. 6): the same x, detached.
+    return denoising_loss(
+        mu_fake, x, b.cond_x, t=b.t_fake, noise=b.noise_fake, sigma_data=teacher.sigma_data
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The mechanics of a step: parts of a batch, ranks, half precision
 
 
 @dataclass
@@ -76,7 +121,7 @@ class Run:
     mu_fake: Learner
 
     def autocast(self) -> torch.autocast:
-        """The context in which the networks are called. (A loss called in it is float32 itself.)"""
+        """The context in which the networks are called. The losses are float32 in it, too."""
         return autocast(self.ranks.device, self.config.amp)
 
     def stateful(self) -> dict:
@@ -85,108 +130,25 @@ class Run:
         return {"G": self.G, "mu_fake": self.mu_fake, **average}
 
 
-def prepare(config: Workload, ranks: Ranks) -> Run:
-    """Line 1 of Algorithm 1: G and mu_fake start as copies of the teacher."""
-    for step in (0, *(end for end, _ in config.phases)):
-        split_batch(config.at(step), ranks)  # or an error, before anything is loaded
-    first = config.at(0).num_pairs if config.phases else None  # of the pairs, see begin_phase
-    pairs = Pairs(Path(config.pairs), config.dataset, first)
-    amp, guidance = pick_amp(config.amp, ranks.device, config.half), pairs.meta["guidance"]
-    config = replace(config, amp=amp, guidance=guidance)  # Section 3.4: one scale for both losses
-    with ranks.first_goes_first():
-        teacher, distance = load_teacher(config), l2_distance  # the distance of Eq. 9
-        if config.distance == "lpips" and config.lambda_reg:
-            distance = partial(lpips_distance, load_lpips(ranks.device))
-    pairs.check_teacher(teacher.record)
-    if ranks.rank == 0:
-        meta = {k: v for k, v in pairs.meta.items() if not (config.phases and k == "num_pairs")}
-        settings = config.settings() | {"teacher": teacher.record, "made_pairs": meta}
-        claim_folder(Path(config.out), "config.json", settings, may_grow=("steps",))
-    ranks.barrier()
-
-    G, mu_fake = OneStepGenerator(teacher.student()).eval(), teacher.student()
-    for network in (G, mu_fake, teacher.mu_real):
-        assert not any(module.training for module in network.modules())  # dropout is off
-    for network in (G, mu_fake):
-        network.to(device=ranks.device, memory_format=torch.channels_last)
-    teacher.to(ranks.device, amp)
-    # LPIPS has no half precision, but its convolutions may be TF32 where speed is the aim; not with
-    # sd15, whose UNet ends in a convolution that has to be float32.
-    torch.backends.cudnn.allow_tf32 = amp != "off" and not config.latent
-    how = dict(
-        warmup=config.warmup, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-        grad_clip=config.grad_clip, fp16=config.amp == "fp16", shard=config.shard_optimizer,
-    )  # fmt: skip
-    decay = partial(average_decay, share=config.ema) if config.ema else None
-    peak, peak_fake = config.learning_rate, config.learning_rate * config.fake_lr_ratio
-    learners = (
-        Learner(G, ranks, peak, decay=decay, **how),
-        Learner(mu_fake, ranks, peak_fake, **how),
-    )
-    if config.compile:
-        torch._dynamo.config.optimize_ddp = False  # older versions: not with checkpointing
-        for denoiser in (G.mu, mu_fake, teacher.mu_real):
-            denoiser.compile()
-    return Run(config, ranks, Signals(ranks), teacher, pairs, distance, *learners)
-
-
-def begin_phase(run: Run, step: int) -> int:
-    """Get ready for the settings that hold from this step on -> images per step. Table 5's phases
-    say how many pairs a step may draw from; they are looked at anew, since more may be there."""
-    config = run.config.at(step)
-    if config.phases:
-        run.pairs = Pairs(Path(config.pairs), config.dataset, config.num_pairs)
-        changed = next(values for end, values in config.phases if step < end)
-        if run.ranks.rank == 0:
-            tqdm.write(f"from step {step + 1} on: {changed or 'the settings of config.json'}")
-    return config.batch_size if config.lambda_dm else config.batch_size_ref
-
-
-# --------------------------------------------------------------------------------------------------
-# Algorithm 1, lines 2 to 10
-
-
 def training_step(run: Run, step: int) -> list[Tensor]:
-    """One step -> its SCALARS. The batch may come in parts (accumulation): first G learns from all
-    of them, then mu_fake does."""
+    """Step k -> its SCALARS. A batch may come in parts: G learns from all of them, then mu_fake."""
     config, teacher, G, mu_fake = run.config.at(step), run.teacher, run.G, run.mu_fake
-    losses, generated, losses_fake = [], [], []
+    losses, losses_fake, generated = [], [], []
     for rows, rows_ref in G.parts(split_batch(config, run.ranks), leave=run.signals.stop):
         # 1. Sample z ~ N(0, I) with its condition, and pairs (z_ref, y_ref) ~ D.
         batch = draw_batch(run, step, rows, rows_ref)
-
-        # 2. Generate x = G(z) and x_ref = G(z_ref) in one call.
         with run.autocast():
-            both = G.model(torch.cat([batch.z, batch.z_ref]), batch.cond)
-        x, x_ref = both.split([len(rows), len(rows_ref)])
-        if config.kl_on_pairs:
-            x = both  # line 4: x <- concat(x, x_ref)
-        cond = None if batch.cond is None else batch.cond[: len(x)]
-
-        # 3. Distribution-matching gradient (Eq. 7) and regression (Eq. 9); step G.
-        loss_kl = loss_reg = x.new_zeros(())
-        if config.lambda_dm:
-            with run.autocast():
-                loss_kl = distribution_matching_loss(
-                    teacher.mu_real, mu_fake.model, x, cond, t=batch.t, noise=batch.noise,
-                    weighting=config.weighting,
-                )  # fmt: skip
-        if config.lambda_reg:
-            with run.autocast():
-                images = teacher.decode(x_ref, config.decoder)
-                images_ref = teacher.decode(batch.y_ref, config.decoder)
-            loss_reg = regression_loss(images, images_ref, run.distance)
+            x, loss_kl, loss_reg = generator_losses(
+                G.model, mu_fake.model, teacher, run.distance, config, batch
+            )
         G.backward(config.lambda_dm * loss_kl + config.lambda_reg * loss_reg)
         losses.append(torch.stack([loss_kl, loss_reg]).detach())
-        generated.append((x.detach(), cond, batch.t_fake, batch.noise_fake))
+        generated.append((batch, x.detach()))
     norm_G = G.step(step)
 
-    for x, cond, t, noise in mu_fake.parts(generated if config.lambda_dm else []):
-        # 4. Denoise the generated samples (Eq. 6): the same x, detached.
+    for batch, x in mu_fake.parts(generated if config.lambda_dm else []):
         with run.autocast():
-            loss_denoise = denoising_loss(
-                mu_fake.model, x, cond, t=t, noise=noise, sigma_data=teacher.sigma_data
-            )
+            loss_denoise = fake_loss(mu_fake.model, teacher, batch, x)
         mu_fake.backward(loss_denoise)
         losses_fake.append(loss_denoise.detach())
 
@@ -197,21 +159,8 @@ def training_step(run: Run, step: int) -> list[Tensor]:
     return [*torch.stack(losses).mean(0), loss_denoise, norm_G, norm_fake]
 
 
-class Batch(NamedTuple):
-    """One part of a step's samples, on the device. B unpaired, R paired, K = B or B + R in L_KL."""
-
-    z: Tensor  # (B, C, H, W)
-    z_ref: Tensor  # (R, C, H, W)
-    y_ref: Tensor  # (R, C, H, W)
-    cond: Tensor | None  # of both: (B + R,) labels, or (B + R, 77, 768) text states
-    t: Tensor  # (K,) long, and (K, C, H, W): of the KL gradient
-    noise: Tensor
-    t_fake: Tensor  # the same of the denoising loss
-    noise_fake: Tensor
-
-
 def draw_batch(run: Run, step: int, rows: Sequence[int], rows_ref: Sequence[int]) -> Batch:
-    """Draw rows of step k's global batch: each a function of (seed, k, row) alone."""
+    """Draw these rows of step k's global batch, each from (seed, k, row) alone."""
     config, teacher, pairs = run.config.at(step), run.teacher, run.pairs
     shape, line_4 = teacher.image_shape, config.kl_on_pairs
     u, noises = draw_rows("unpaired", config.seed, step, rows, (3, *shape))
@@ -220,7 +169,7 @@ def draw_batch(run: Run, step: int, rows: Sequence[int], rows_ref: Sequence[int]
     z_ref, y_ref, cond_ref = pairs.batch((u_ref[:, 0] * len(pairs)).long().tolist())
     if teacher.num_classes:  # uniform class labels
         cond = torch.cat([(u[:, 0] * teacher.num_classes).long(), cond_ref])
-    elif pairs.prompts:  # those of random pairs
+    elif pairs.prompts:  # the prompts of random pairs
         cond = [pairs.prompts[k] for k in (u[:, 0] * len(pairs)).long().tolist()] + cond_ref
     else:
         cond = None
@@ -236,10 +185,7 @@ def draw_batch(run: Run, step: int, rows: Sequence[int], rows_ref: Sequence[int]
 
 def split_batch(config: Workload, ranks: Ranks) -> list[tuple[range, range]]:
     """This rank's rows of the global batch, unpaired and paired, in `accumulate` equal parts.
-
-    What only serves a loss of weight 0 is left out: without regression there are no paired rows
-    (but for line 4), without distribution matching no unpaired ones.
-    """
+    Samples that only a loss of weight 0 would use are omitted."""
     parts = ranks.count * config.accumulate
     B = config.batch_size if config.lambda_dm else 0
     R = config.batch_size_ref if config.lambda_reg or config.kl_on_pairs else 0
@@ -254,13 +200,76 @@ def split_batch(config: Workload, ranks: Ranks) -> list[tuple[range, range]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Start to end
+# The run from start to end
+
+
+def load_inputs(config: Workload, ranks: Ranks) -> tuple[Workload, Teacher, Pairs, Callable]:
+    """Load teacher, pairs and the distance of Eq. 9, and claim the folder. The config gets its
+    precision and the pairs' guidance scale, since both losses must have the same (Section 3.4)."""
+    for step in (0, *(end for end, _ in config.phases)):
+        split_batch(config.at(step), ranks)  # raises an error before anything is loaded
+    first = config.at(0).num_pairs if config.phases else None  # of the pairs, see begin_phase
+    pairs = Pairs(Path(config.pairs), config.dataset, first)
+    amp = pick_amp(config.amp, ranks.device, config.half)
+    config = replace(config, amp=amp, guidance=pairs.meta["guidance"])
+    with ranks.first_goes_first():
+        teacher, distance = load_teacher(config), l2_distance
+        if config.distance == "lpips" and config.lambda_reg:
+            distance = partial(lpips_distance, load_lpips(ranks.device))
+    pairs.check_teacher(teacher.record)
+    if ranks.rank == 0:
+        meta = {k: v for k, v in pairs.meta.items() if not (config.phases and k == "num_pairs")}
+        settings = config.settings() | {"teacher": teacher.record, "made_pairs": meta}
+        claim_folder(Path(config.out), "config.json", settings, may_grow=("steps",))
+    ranks.barrier()
+    return config, teacher, pairs, distance
+
+
+def prepare(config: Workload, ranks: Ranks) -> Run:
+    """Line 1 of Algorithm 1: G and mu_fake start as copies of the teacher."""
+    config, teacher, pairs, distance = load_inputs(config, ranks)
+    G, mu_fake = OneStepGenerator(teacher.student()).eval(), teacher.student()
+    for network in (G, mu_fake, teacher.mu_real):
+        assert not any(module.training for module in network.modules())  # dropout is off
+    for network in (G, mu_fake):
+        network.to(device=ranks.device, memory_format=torch.channels_last)
+    teacher.to(ranks.device, config.amp)
+    # LPIPS runs in float32. Its convolutions may use TF32 where speed is the aim, but not for sd15,
+    # whose UNet ends in a convolution that must be float32.
+    torch.backends.cudnn.allow_tf32 = config.amp != "off" and not config.latent
+    how = dict(
+        warmup=config.warmup, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip, fp16=config.amp == "fp16", shard=config.shard_optimizer,
+    )  # fmt: skip
+    decay = partial(average_decay, share=config.ema) if config.ema else None
+    peak, peak_fake = config.learning_rate, config.learning_rate * config.fake_lr_ratio
+    learners = (
+        Learner(G, ranks, peak, decay=decay, **how),
+        Learner(mu_fake, ranks, peak_fake, **how),
+    )
+    if config.compile:
+        torch._dynamo.config.optimize_ddp = False  # older versions cannot with checkpointing
+        for denoiser in (G.mu, mu_fake, teacher.mu_real):
+            denoiser.compile()
+    return Run(config, ranks, Signals(ranks), teacher, pairs, distance, *learners)
+
+
+def begin_phase(run: Run, step: int) -> int:
+    """Get ready for the settings that hold from this step on -> images per step. Table 5's phases
+    need more and more pairs, so the folder is read again."""
+    config = run.config.at(step)
+    if config.phases:
+        run.pairs = Pairs(Path(config.pairs), config.dataset, config.num_pairs)
+        changed = next(values for end, values in config.phases if step < end)
+        if run.ranks.rank == 0:
+            tqdm.write(f"from step {step + 1} on: {changed or 'the settings of config.json'}")
+    return config.batch_size if config.lambda_dm else config.batch_size_ref
 
 
 @torch.no_grad()
 def pictures(run: Run) -> list[Tensor]:
-    """Three bands of images: the teacher's y_ref, G(z_ref) for the same noise, fresh G(z); the same
-    noises and conditions at every step."""
+    """Three bands of images: the teacher's y_ref, G(z_ref) of the same noise, and G of fresh noise.
+    Noises and conditions are the same at every step."""
     shape, G = run.teacher.image_shape, run.G.average
     n = min(len(run.pairs), 10 if shape[1] <= 32 else 5)
     z_ref, y_ref, cond = run.pairs.batch(range(n))
@@ -272,23 +281,22 @@ def pictures(run: Run) -> list[Tensor]:
 
 
 def save(run: Run, step: int, log: Log) -> None:
-    """Write all that a run leaves. All ranks must call."""
-    rows = log.flush()  # ends the run on NaN, before anything is overwritten
+    """Write all files of the run. All ranks must call it."""
+    rows = log.flush()  # ends the run on NaN before anything is overwritten
     state = {name: part.state_dict() for name, part in run.stateful().items()} | {"step": step}
     if run.ranks.rank == 0:
-        generator = generator_file(run.G.average, run.config, run.teacher.record, step)
-        out, keep = Path(run.config.out), run.config.keep
-        save_pictures(out, step, pictures(run))
-        if step == run.config.steps:
-            save_film(out)
-        if run.config.latent:
-            save_unet_folder(out, run.G.average.mu.net.config)
-        save_run(out, step, rows, state, generator, keep)
+        config, G = run.config, run.G.average
+        generator = generator_file(G, config, run.teacher.record, step)
+        save_run(
+            Path(config.out), step, rows, state, generator, pictures(run),
+            film=step == config.steps, unet_config=G.mu.net.config if config.latent else None,
+            keep=config.keep,
+        )  # fmt: skip
     log.note_save()
 
 
 def main(config: Workload) -> None:
-    """Train, or go on training, and write generator.safetensors."""
+    """Train, or resume training, and write generator.safetensors."""
     ranks = join_ranks(config.device)
     run, out = prepare(config, ranks), Path(config.out)
     start, rows = load_checkpoint(out, run.stateful())
@@ -302,12 +310,12 @@ def main(config: Workload) -> None:
         if step in begins:
             log.images = begin_phase(run, step)
         done = step
-        with contextlib.suppress(Unfinished):  # told to stop between its parts: it is drawn again
+        with contextlib.suppress(Unfinished):  # stopped between its parts; resuming repeats it
             log.add(step, training_step(run, step), run.G.learning_rate(step))
             done = step + 1
         stop = run.signals.stop()
         late = ranks.any(log.minutes_since_save() > config.save_minutes)
-        end = done == config.steps or done in begins
+        end = done == config.steps or done in begins  # of the run or of a phase
         due = stop or late or end or done % config.save_every == 0
         if due and done > start:
             save(run, done, log)

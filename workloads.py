@@ -3,12 +3,12 @@
     mnist            28x28 digits, teacher embedded in assets/, minutes on a CPU (not in the paper)
     cifar10          EDM's CIFAR-10 network, conditional (cifar10-uncond: unconditional)
     imagenet64       EDM's ImageNet-64 network
-    edm              any network of EDM's, its --teacher (not in the paper)
+    edm              any network trained with EDM's code, given as --teacher (not in the paper)
     sd15             Stable Diffusion v1.5, the LAION-Aesthetics 6.25+ run
-    sd15-guidance8   the LAION-Aesthetics 6+ run, whose settings changed under way (Table 5)
+    sd15-guidance8   the LAION-Aesthetics 6+ run, whose settings changed on the way (Table 5)
 
-A row *is* the configuration of a run: make_pairs.py and train.py take the row of --dataset, with
-what the command line changes.
+A row *is* the configuration of a run: make_pairs.py and train.py take the row of --dataset and
+change what the command line gives.
 """
 
 import os
@@ -27,32 +27,32 @@ EDM_REFERENCE = "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/"  # statistics o
 
 @dataclass(frozen=True, kw_only=True)
 class Workload(Options):
-    """One column of Appendix B's table. What has a help line is an option of the command line;
-    `free` marks what a run may be resumed with: it does not change the result, or it is fixed."""
+    """One column of Appendix B's table. Fields with a help line are command-line options. A run may
+    be resumed with other values of those marked `free`."""
 
     # What is distilled.
     dataset: str = option(MISSING, "mnist, cifar10(-uncond), imagenet64, edm, sd15(-guidance8)")
-    # EDMPrecond's arguments; of sd15 the image's; empty: those of the teacher's file
+    # Arguments of EDMPrecond; {}: those in the teacher's file. sd15: of the latents only.
     network: dict = field(metadata={"free": True})
-    teacher: str = option(MISSING, "its file or address; sd15: its folder or Hub repository")
+    teacher: str = option(MISSING, "file or address of the teacher; sd15: folder or Hub repository")
     reference: str = option("", None, free=True)  # statistics of the real images, for FID
-    seed: int = option(0, "of all that is drawn", least=0, below=2**64)
+    seed: int = option(0, "seed of everything drawn at random", least=0, below=2**64)
 
     # Pairs: the teacher's deterministic ODE solutions.
     pairs: str = option(MISSING, "folder of the pairs", free=True)
     num_pairs: int = option(MISSING, "number of pairs", least=1, free=True)
-    solver: str = option("heun", None, free=True)  # or "pndm", of Stable Diffusion
-    solver_steps: int = option(MISSING, "of the teacher's solver", flag="steps", least=1, free=True)
-    guidance: float = option(1.0, "sd15: classifier-free guidance, 1 = none", above=0, free=True)
-    prompts: str = option(str(ASSETS / "prompts.txt"), "sd15: a prompt a line (.gz too)", free=True)
-    solver_amp: str = option("off", "half precision, as in train.py", AMP, flag="amp", free=True)
-    solver_batch: int = option(100, "pairs at a time", flag="batch_size", least=1, free=True)
+    solver: str = option("heun", None, free=True)  # or "pndm", for sd15
+    solver_steps: int = option(MISSING, "steps of the ODE solver", flag="steps", least=1, free=True)
+    guidance: float = option(1.0, "sd15: classifier-free guidance; 1: none", above=0, free=True)
+    prompts: str = option(str(ASSETS / "prompts.txt"), "sd15: one per line (.txt, .gz)", free=True)
+    solver_amp: str = option("off", "half precision, as for train.py", AMP, flag="amp", free=True)
+    solver_batch: int = option(100, "pairs solved at a time", flag="batch_size", least=1, free=True)
     shard_size: int = option(250, "pairs per file", least=1, free=True)
 
     # Losses.
     weighting: str = option("eq8", "w_t of the KL gradient", tuple(WEIGHTINGS))
     max_dm_step: int = option(T_MAX, "T_max of Eq. 7 (Table 5: 500)", least=T_MIN + 1, most=T)
-    kl_on_pairs: bool = option(False, None, free=True)  # line 4: L_KL takes in paired samples too
+    kl_on_pairs: bool = option(False, None, free=True)  # line 4: L_KL also uses x_ref
     lambda_dm: float = option(1.0, "weight of the KL loss (0: Table 2's ablation)", least=0)
     lambda_reg: float = option(0.25, "weight of the regression loss", least=0)
     distance: str = option("lpips", "distance of the regression loss", ("l2", "lpips"))
@@ -61,39 +61,39 @@ class Workload(Options):
     # Optimisation: AdamW on both networks.
     steps: int = option(MISSING, "generator updates", least=1)
     batch_size: int = option(MISSING, "unpaired samples per step, over all ranks", least=1)
-    batch_size_ref: int = option(MISSING, "paired ones (default: in proportion)", least=1)
-    learning_rate: float = option(MISSING, "G's, after the warm-up", least=0)
+    batch_size_ref: int = option(MISSING, "paired samples; they scale with --batch-size", least=1)
+    learning_rate: float = option(MISSING, "learning rate of G after the warm-up", least=0)
     weight_decay: float = 0.01
-    beta1: float = option(0.9, "of AdamW; 0: no momentum", least=0, below=1)
+    beta1: float = option(0.9, "beta_1 of AdamW; 0: no momentum", least=0, below=1)
     beta2: float = 0.999
-    phases: tuple[tuple[int, dict], ...] = ()  # (until this step, what is different), see `at`
+    phases: tuple[tuple[int, dict], ...] = ()  # (end, values that differ until then), see `at`
     warmup: int = 500  # steps, linear
-    grad_clip: float = 10.0  # L2 norm, each network by itself
-    amp: str = option("auto", "half precision; auto: on a GPU bf16 (sd15, old ones: fp16)", AMP)
-    half: str = option("bf16", None, free=True)  # that of auto
+    grad_clip: float = 10.0  # L2 norm of each network's gradient
+    amp: str = option("auto", "half precision; auto: bf16 on a GPU (sd15, old GPUs: fp16)", AMP)
+    half: str = option("bf16", None, free=True)  # what auto means
 
-    # Not in the paper, and off in its workloads.
-    fake_lr_ratio: float = option(1.0, "mu_fake's learning rate over G's", least=0)
-    ema: float = option(0.0, "share of the run that G is averaged over, 0 = off", least=0, most=1)
+    # Not in the paper; off in its workloads.
+    fake_lr_ratio: float = option(1.0, "learning rate of mu_fake, as a multiple of G's", least=0)
+    ema: float = option(0.0, "share of the run over which G is averaged; 0: off", least=0, most=1)
 
-    # How it is run: nothing here changes the result beyond rounding.
+    # How the run is carried out: nothing here changes the result beyond rounding.
     out: str = option(MISSING, "run folder", free=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", free=True)
-    accumulate: int = option(1, "parts of a step: less memory, same batch", least=1, free=True)
+    accumulate: int = option(1, "parts per step: less memory, same batch", least=1, free=True)
     compile: bool = option(False, "torch.compile the networks", free=True)
     shard_optimizer: bool = option(False, "spread AdamW's state over the ranks (ZeRO-1)", free=True)
     save_every: int = option(1000, "steps between checkpoints and pictures", least=1, free=True)
-    save_minutes: float = option(30.0, "minutes between them, at most", above=0, free=True)
-    keep: int = option(1, "checkpoints to keep (if several, named by step)", least=1, free=True)
+    save_minutes: float = option(30.0, "maximum minutes between checkpoints", above=0, free=True)
+    keep: int = option(1, "checkpoints to keep (named by step if several)", least=1, free=True)
 
     def __post_init__(self):
         super().__post_init__()
         if not self.latent and self.guidance != 1:
-            raise UserError(f"--guidance is for sd15; {self.dataset} has a teacher without text")
+            raise UserError(f"--guidance is for sd15, not for {self.dataset}; omit it")
         if self.latent and not 2 <= self.solver_steps < T:
             raise UserError(f"--steps of sd15 must be 2 to {T - 1}, not {self.solver_steps}")
         if not (self.lambda_dm or self.lambda_reg):
-            raise UserError("with --lambda-dm 0 and --lambda-reg 0 there is nothing to learn")
+            raise UserError("nothing to learn with --lambda-dm 0 and --lambda-reg 0; raise one")
         if self.phases and self.steps > self.phases[-1][0]:
             raise UserError(
                 f"--steps of {self.dataset} must be at most {self.phases[-1][0]}, where its last "
@@ -101,12 +101,12 @@ class Workload(Options):
             )
 
     def at(self, step: int) -> "Workload":
-        """The row that holds in step k: Table 5's phases change some of its values."""
+        """The row at step k, counted from 0: Table 5's phases change some of its values."""
         return replace(self, **next((values for end, values in self.phases if step < end), {}))
 
     @property
     def latent(self) -> bool:
-        """Stable Diffusion: z, x and y are latents, the condition is text."""
+        """Whether z, x and y are Stable Diffusion's latents and the condition is text."""
         return self.solver == "pndm"
 
     @property
@@ -166,7 +166,7 @@ ROWS = {
     ),
 }  # fmt: skip
 
-# Table 5: until which step, and what was other than in its eighth row, from 74,000 to 80,000.
+# Table 5: the step at which each row ends, and what differs from row 8 (steps 74,000 to 80,000).
 FULL_DECODER = dict(decoder="full", batch_size=1280, batch_size_ref=320)
 TABLE_5 = (
     (5_400, dict(num_pairs=2_500_000, lambda_reg=0.1, max_dm_step=T_MAX)),
@@ -191,43 +191,38 @@ WORKLOADS = {
     for name, row in ROWS.items()
 }
 
-
-EDM_NUMBERS = (
-    "num_pairs", "solver_steps", "steps", "batch_size", "batch_size_ref", "learning_rate",
-)  # fmt: skip
+# What --dataset edm takes from cifar10 or imagenet64.
+EDM_NUMBERS = ROWS["imagenet64"].keys() - {"network", "teacher", "reference"}
 
 
 def image_size(teacher: str) -> int:
-    """Pixels along each side of an EDM network's images: of its file, or as its name says, which is
-    how EDM's released ones are called."""
+    """Pixels per side of an EDM network's images, from its file or the name of a released one."""
     if Path(teacher).is_file():
         _, kwargs, _ = read_edm_file(teacher)
         if not kwargs:
-            raise UserError(f"{teacher} does not say which network it is of; use the file of a run")
+            raise UserError(f"{teacher} does not say which network it is of; use a run's file")
         return kwargs["img_resolution"]
     if named := re.search(r"-(\d+)x\d+-", teacher):
         return int(named[1])
-    raise UserError(f"{teacher} is no file here; download it, and give --teacher its path")
+    raise UserError(f"{teacher} is not a file; download it and give its path as --teacher")
 
 
 def get_workload(dataset: str = "mnist", **changed) -> Workload:
-    """The table's row, with some of its values changed.
-
-    A batch size alone changes that of the paired samples in proportion.
-    """
+    """A row of the table with some values changed, in all its phases. A batch_size alone changes
+    batch_size_ref in proportion."""
     if dataset not in WORKLOADS:
-        raise UserError(f"unknown dataset {dataset!r}; known: {', '.join(WORKLOADS)}")
+        raise UserError(f"unknown dataset {dataset!r}; choose one of {', '.join(WORKLOADS)}")
     row = WORKLOADS[dataset]
     if dataset == "edm" and "teacher" in changed:
         like = "imagenet64" if image_size(changed["teacher"]) >= 64 else "cifar10"
         row = replace(row, **{name: ROWS[like][name] for name in EDM_NUMBERS})
         if os.environ.get("RANK", "0") == "0":
-            print(f"edm: what is not given is as in {like}")
+            print(f"edm: options that are not given are {like}'s")
     if "batch_size" in changed and "batch_size_ref" not in changed:
         ratio = row.batch_size_ref / row.batch_size
         changed["batch_size_ref"] = max(1, round(ratio * changed["batch_size"]))
-    phases = [  # what is given holds in all of them
+    phases = tuple(
         (end, {name: value for name, value in values.items() if name not in changed})
         for end, values in row.phases
-    ]
-    return replace(row, **{"phases": tuple(phases), **changed})
+    )
+    return replace(row, **{"phases": phases, **changed})

@@ -1,15 +1,20 @@
-"""What the paper's runs cost, from arithmetic alone: no weights, no GPU.
+"""What the paper's runs cost, by arithmetic: it needs neither weights nor a GPU.
 
     python benchmarks/cost.py
     python benchmarks/cost.py --tflops 989 --tflops-float32 67      H100
 
-Every network is built on the meta device (no memory) and its floating-point operations are counted.
-A step costs 11 forwards of B images when B images are paired and B are not (benchmarks/step.py says
-why), in general 3 (B + R) for G, and 5 for mu_real and mu_fake on the K images of the KL gradient;
-guidance doubles mu_real; LPIPS costs 3 forwards of VGG on R images. Gradient checkpointing adds one
-forward of G and of mu_fake. Days are of one GPU at the given share of its peak: half precision's,
-but float32's for the pairs of the EDM datasets, which make_pairs.py computes without --amp. (LPIPS
-is float32 too, whose convolutions a GPU may do by TF32, at a rate between the two: not counted.)
+Every network is built on the meta device, which takes no memory, and its floating-point operations
+are counted. With B unpaired and R paired images, and K images in the KL gradient, a step costs
+
+    3 (B + R)    forwards for G
+    5 K          forwards for mu_real and mu_fake; K more if the teacher is guided
+    B + R + K    more forwards of G and mu_fake with gradient checkpointing
+    3 R          forwards of VGG for LPIPS
+
+The first two rows are 11 B forwards if R = K = B (see benchmarks/step.py). Days are those of one
+GPU at the given share of its half-precision peak. The pairs of the EDM datasets count at the rate
+of float32, because make_pairs.py computes them without --amp. (LPIPS is float32 too, but its
+convolutions may use TF32, whose rate lies between the two. This is not taken into account.)
 """
 
 import sys
@@ -31,7 +36,7 @@ from workloads import WORKLOADS, Workload
 
 @dataclass
 class Config(Options):
-    """The GPU that the days are of."""
+    """The GPU."""
 
     tflops: float = option(
         312.0, "peak of the GPU, 10^12 operations per second (A100, bfloat16)", above=0
@@ -48,7 +53,7 @@ def flops(network: torch.nn.Module, *inputs: torch.Tensor) -> int:
 
 
 def forward_flops(dataset: str) -> int:
-    """Operations of the workload's network for one image."""
+    """Floating-point operations of the workload's network for one image."""
     with torch.device("meta"):
         x = torch.zeros(1, *WORKLOADS[dataset].image_shape)
         if WORKLOADS[dataset].latent:
@@ -58,8 +63,8 @@ def forward_flops(dataset: str) -> int:
 
 
 def lpips_flops(workload: Workload) -> int:
-    """Operations of LPIPS for one pair of images: two forwards, and one backward to x_ref alone
-    (VGG is frozen), which costs as much as a forward."""
+    """Operations of LPIPS for one pair of images: two forwards, and a backward to x_ref. That
+    backward costs as much as one forward, because VGG is frozen."""
     if workload.distance != "lpips":
         return 0
     size = 512 if workload.latent else 224
@@ -91,7 +96,7 @@ def main(config: Config) -> None:
     print(f"{peaks} at {config.utilisation:.0%}")
     print(f"{'':16}{'forward':>12}{'step':>15}{'steps':>9}{'pairs':>12}{'training':>12}")
     for dataset, workload in WORKLOADS.items():
-        if not workload.network:  # that of a file
+        if not workload.network:  # `edm`, whose network is that of a file
             continue
         forward = forward_flops(dataset)
         step = step_flops(workload, forward)
@@ -100,7 +105,7 @@ def main(config: Config) -> None:
             (end - start) * step_flops(workload.at(start), forward)
             for start, end in pairwise([0, *ends])
         )
-        peak = config.tflops if workload.latent else config.tflops_float32  # for the pairs
+        peak = config.tflops if workload.latent else config.tflops_float32  # of the pairs
         pairs_days = pairs_flops(workload, forward) / (peak * per_day)
         training_days = all_steps / (config.tflops * per_day)
         print(

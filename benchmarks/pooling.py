@@ -1,11 +1,12 @@
-"""LPIPS with max pooling in its VGG, which is ours, beside LPIPS with average pooling.
+"""Compare LPIPS with max pooling in its VGG, as used here, to LPIPS with average pooling.
 
     python benchmarks/pooling.py                     about a minute on 2 CPU cores
 
-Song et al., whom the paper follows, call PIQ's LPIPS with replace_pooling=True: the same network
-with average pooling. Both compare eight of the shipped student's digits with the teacher's of the
-same noises, in each of three VGGs with random weights (LPIPS's own linear layers). Printed is what
-average pooling gives over what max pooling gives, and the cosine between their two gradients:
+The paper follows Song et al., who call PIQ's LPIPS with replace_pooling=True: the same network with
+average pooling. Here both measure the distance between eight digits of the shipped student and the
+teacher's digits for the same noise. This is repeated for three VGGs with random weights; the linear
+layers are LPIPS's own. Each line gives the ratio of the losses, the ratio of the lengths of their
+gradients, and the cosine between these gradients:
 
     average over max pooling: loss=1.06, gradient=1.08, cosine=0.98
 """
@@ -27,9 +28,9 @@ from workloads import ASSETS, get_workload
 
 
 def average_pooling(network: LPIPS) -> LPIPS:
-    """A copy of the network, as PIQ's replace_pooling=True has it."""
+    """A copy of the network with average pooling, as PIQ's replace_pooling=True makes it."""
     network = copy.deepcopy(network)
-    for part in network.net.children():  # VGG in five slices
+    for part in network.net.children():  # five slices of VGG
         for name, layer in part.named_children():
             if isinstance(layer, nn.MaxPool2d):
                 setattr(part, name, nn.AvgPool2d(2))

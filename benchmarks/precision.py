@@ -1,22 +1,22 @@
-"""What half precision costs Stable Diffusion's UNet, and whether fp16 overflows in it.
+"""Measure the error of half precision in Stable Diffusion's UNet, and whether fp16 overflows there.
 
     python benchmarks/precision.py                         full size: 20 minutes on a CPU core
-    python benchmarks/precision.py --width 32 --size 16    a small one, in seconds
+    python benchmarks/precision.py --width 32 --size 16    a small network, in seconds
 
-One sample in float32, then in bf16 and fp16: by autocast, as G and mu_fake compute, and with the
-weights in half precision too, as SDTeacher.to converts the teacher's. Errors are root mean squares
-of the difference from float32:
+One sample is computed in float32, in bf16 and in fp16. The half precisions are used by autocast, as
+in G and mu_fake, and again with converted weights, as SDTeacher.to does for the teacher.
+Errors are the root mean square of the difference from float32:
 
-    eps, t = 999        the UNet's without guidance, relative to eps
-    x, t = 999          what that is in the one-step sample (Eq. 11): sigma / alpha = 14.6 times it
-    mu_real, t = 979    the guided teacher's (scale 3) at the noisiest level of the KL gradient
+    eps, t = 999        of the UNet without guidance, relative to eps
+    x, t = 999          of the one-step sample (Eq. 11): sigma / alpha = 14.6 times that of eps
+    mu_real, t = 979    of the guided teacher (scale 3) at the noisiest level of the KL gradient
 
-and the largest activation is that of any layer's inputs and outputs. The weights are random,
-PyTorch's initial ones: eps has a standard deviation of about 0.3, and not 1 as a trained network's.
-So relative errors are what counts, and those of x and mu_real are divided by the root mean square
-of eps too: what they would be in latents of standard deviation 1. How large the activations of
-released weights are, random ones do not tell. fp16 takes minutes a forward on a CPU that has no
-instructions for it. The last line it prints:
+The largest activation is taken over the inputs and outputs of all layers. The weights are PyTorch's
+random initial ones. With them eps has a standard deviation of about 0.3, while a trained network's
+is about 1. Therefore the errors of x and mu_real are divided by the root mean square of eps, too:
+they are the errors of latents with standard deviation 1. Random weights do not tell how large the
+activations of the released ones are. On a CPU without fp16 instructions, a forward in fp16 takes
+minutes. The last line it prints:
 
     fp16 overflows at 65504
 """
@@ -36,8 +36,7 @@ from dmd_loss import T_MAX, T
 from plumbing.devices import autocast, pick_device
 from plumbing.files import write_json
 from plumbing.options import Options, UserError, option, run_script
-from sd_loader import SD15, UNet, sd_noise_table
-from teachers import SDTeacher
+from sd_loader import SD15, SDTeacher, UNet, sd_noise_table
 
 TEXT_WIDTH = SD15["unet"]["cross_attention_dim"]
 
@@ -47,9 +46,9 @@ class Config(Options):
     """What to measure."""
 
     width: int = option(320, "channels at the UNet's highest resolution, a multiple of 32", least=1)
-    size: int = option(64, "of the latents, a multiple of 8", least=1)
+    size: int = option(64, "height and width of the latents, a multiple of 8", least=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    json: str | None = option(None, "file for the numbers")
+    json: str | None = option(None, "write the numbers to this file")
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,7 +58,7 @@ class Config(Options):
 
 
 def make_teacher(config: Config) -> SDTeacher:
-    """A guided teacher, always of the same random weights; beside the UNet it has only the text
+    """A guided teacher, always with the same random weights. Besides the UNet it only has the text
     states of the empty prompt."""
     torch.manual_seed(0)
     widths = [config.width * factor for factor in (1, 2, 4, 4)]
@@ -72,8 +71,8 @@ def make_teacher(config: Config) -> SDTeacher:
 
 @torch.no_grad()
 def predict(config: Config, amp: str, half_weights: bool) -> tuple[Tensor, Tensor, float]:
-    """One sample -> eps at t = 999 and mu_real at t = 979, (1, 4, size, size) each, and the largest
-    magnitude of any layer's input or output."""
+    """Compute one sample -> eps at t = 999 and mu_real at t = 979, (1, 4, size, size) each, and the
+    largest magnitude of any layer's input or output."""
     device, largest = pick_device(config.device), [0.0]
 
     def look(layer: nn.Module, inputs: tuple, output: Tensor):

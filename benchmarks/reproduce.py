@@ -1,29 +1,33 @@
-"""Everything that the README says about MNIST: run, measured, and written to results/.
+"""Run and measure everything that the README says about MNIST, and write it to results/.
 
     python benchmarks/reproduce.py                hours on 2 CPU cores
     python benchmarks/reproduce.py --jobs 2       two runs at a time, of one core each
 
-Measured are the real digits, the teacher with several numbers of steps, and the default recipe with
-five seeds; then, with fewer steps (STEPS) and three seeds each, Table 2 in small, and the recipe
-with each of its departures from the paper undone alone. It leaves in results/
+It measures the real digits, the teacher with several numbers of steps, minimal.py with three seeds
+and the default recipe with five. Then, with fewer steps (STEPS) and three seeds each, it measures
+Table 2 in small, and the recipe with each departure from the paper undone alone. It writes to
+results/
 
     mnist.json      every figure, with seed, seconds, commit, machine, and what it depends on
-    mnist.md        the same as tables; some stand in the README and in docs/, between markers
-    *.png, *.gif    digits of every variant; digits, curves and film of the default run
+    mnist.md        the same as tables; some are copied into the README and docs/, between markers
+    *.png, *.gif    digits of minimal.py and of every variant; digits, curves and film of the
+                    default run
 
-and the default run's generator in assets/. What mnist.json has is not measured again; an
-interrupted run goes on. Figures that were made with other losses, another loop, network, recipe,
+and to assets/ the generator of the default run. What mnist.json already holds is not measured
+again, so an interrupted run resumes. Figures made with other losses, another loop, network, recipe,
 teacher or judge than today's are refused rather than mixed. The last line it prints:
 
     wrote results/mnist.json and results/mnist.md
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -70,9 +74,9 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 GENERATOR = ASSETS / "mnist_generator.safetensors"
 
-# What is measured: the default recipe; and with fewer steps, all with equally many, name -> what
-# train.py is told.
-DEFAULT, STEPS = "student, default recipe", 300
+# What is measured: minimal.py, the default recipe, and variants of it with fewer steps, each of
+# which is a name -> options of train.py.
+MINIMAL, DEFAULT, STEPS = "student, minimal.py", "student, default recipe", 300
 TABLE_2 = {
     "full": [],
     "without distribution matching": ["--lambda-dm", "0"],
@@ -93,7 +97,7 @@ DEPARTURES = {
     "as many paired samples as unpaired": ["--batch-size-ref", "16"],
 }
 SEEDS_OF_DEFAULT, SEEDS = 5, 3  # of the default recipe, of everything else
-# ... and evaluate.py: name -> its options, evaluations of the network.
+# The teacher: name -> options of evaluate.py, evaluations of the network.
 SOLVERS = {
     "untrained student (the teacher's single step)": ({"rows": ("untrained",)}, 1),
     "teacher, 5 Heun steps": ({"rows": ("teacher",), "steps": 5}, 9),
@@ -140,7 +144,7 @@ def code_hash(*files: str) -> str:
     return hashlib.sha256("".join(dumps).encode()).hexdigest()[:16]
 
 
-ALL_PARTS = "losses loop network recipe teacher judge"  # of a run, and of a variant its steps too
+ALL_PARTS = "losses loop network recipe teacher judge"  # of a run; a variant depends on STEPS too
 
 
 @cache
@@ -154,6 +158,7 @@ def dependencies() -> dict[str, str]:
         "losses": code_hash("dmd_loss.py"),
         "loop": code_hash("train.py", "plumbing/optim.py", "plumbing/pairs.py"),
         "network": code_hash("edm_unet.py"),
+        "minimal": code_hash("minimal.py"),
         "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
         "teacher": file_hash(Path(workload.teacher)),
         "judge": judge + code_hash("plumbing/digits.py", "assets/train_classifier.py"),
@@ -265,8 +270,35 @@ def draw(**options) -> tuple[Tensor, Tensor]:
     """The digits that evaluate.py measures with these options, and their labels."""
     config = evaluate.Config(samples=SAMPLES, device="cpu", **options)
     config, (row,) = evaluate.load_rows(config, CPU)
+    return draw_row(row, config)
+
+
+def draw_row(row: evaluate.Row, config: evaluate.Config) -> tuple[Tensor, Tensor]:
+    """The digits of one row, and their labels."""
     images = torch.cat(list(evaluate.draw_share(row, config, Ranks(0, 1, CPU))))
     return images.float() / 127.5 - 1, torch.arange(SAMPLES) % 10
+
+
+def run_minimal(seed: int, config: Config, results: Results) -> None:
+    """Run minimal.py with its constant SEED changed, and measure its digits."""
+    source, found = re.subn(
+        "^SEED = .*$",
+        f"SEED = {seed}",
+        (ROOT / "minimal.py").read_text(encoding="utf-8"),
+        flags=re.M,
+    )
+    assert found == 1
+    copy = (Path(config.runs) / f"minimal_{seed}.py").resolve()
+    write_bytes(copy, source.encode())
+    clock = time.perf_counter()
+    with contextlib.chdir(ROOT):
+        G = runpy.run_path(str(copy))["average"].cpu()
+        seconds = {"together": time.perf_counter() - clock}
+        shutil.move("minimal.png", copy.with_suffix(".png"))
+    row = evaluate.Row("student", G, 1, "minimal.py", "", G.mu.net)
+    how = evaluate.Config(samples=SAMPLES, dataset="mnist", amp="off", batch_size=100)
+    parts = "losses network minimal teacher judge"
+    results.add(MINIMAL, *draw_row(row, how), parts, seed, seconds=seconds)
 
 
 def folder_of(name: str, seed: int, config: Config) -> Path:
@@ -352,7 +384,7 @@ def tables(results: dict) -> dict[str, str]:
     short += [(second, "fd"), (second, "accuracy")]
     untrained, *teachers = SOLVERS
     groups = {
-        "what comes out": [untrained, DEFAULT, *teachers, REAL],
+        "what comes out": [untrained, MINIMAL, DEFAULT, *teachers, REAL],
         "table 2": list(TABLE_2),
         "departures": ["full", *DEPARTURES],
     }
@@ -395,9 +427,11 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 @torch.no_grad()
 def publish(config: Config) -> None:
-    """What is shown of seed 0, if it was trained here and not only found in mnist.json: of the
-    default run the generator, in half precision, and pictures; twenty digits of every variant."""
+    """Publish what is shown of seed 0, unless it was only found in mnist.json: minimal.png; the
+    default run's generator, in half precision, and pictures; 20 digits of every variant."""
     out, first = Path(config.out), folder_of(DEFAULT, 0, config)
+    if (drawn := Path(config.runs) / "minimal_0.png").exists():
+        shutil.copyfile(drawn, out / "minimal.png")
     if (first / "training.gif").exists():
         tensors, metadata = read_tensors(first / "generator.safetensors")
         write_tensors(GENERATOR, {name: value.half() for name, value in tensors.items()}, metadata)
@@ -422,6 +456,9 @@ def main(config: Config) -> None:
     for name, (options, _) in SOLVERS.items():
         if not results.has(name):
             results.add(name, *draw(dataset="mnist", **options), "judge teacher network")
+    for seed in range(SEEDS):
+        if not results.has(MINIMAL, seed):
+            run_minimal(seed, config, results)
     train_all(config, results)
     write_bytes(out / "mnist.md", page(results.runs).encode())
     publish(config)

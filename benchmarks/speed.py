@@ -1,11 +1,12 @@
-"""How fast everything is on this machine, in one run, and how it grows: a table and a picture.
+"""Measure the speed of everything on this machine, and how it scales: a table and a picture.
 
     python benchmarks/speed.py                                       on a CPU, in minutes
     python benchmarks/speed.py --scale 16 --amp bf16 --compile       on a GPU
 
-Training steps of the EDM workloads (`step.py`, each in a process of its own, so that peak memory is
-its own): against the batch size, and for MNIST's network against the resolution. Then one-step
-sampling against the teacher's 35 evaluations. The last line it prints:
+It times training steps of the EDM workloads against the batch size, and for MNIST's network also
+against the resolution. Each measurement runs `step.py` in its own process, so that peak memory is
+measured separately. Then it compares one-step sampling with the teacher's 35 evaluations. The last
+line it prints:
 
     wrote speed.png
 """
@@ -27,35 +28,35 @@ from workloads import ASSETS, get_workload
 ROOT = Path(__file__).parent.parent
 BATCHES = {"mnist": (4, 8, 16, 32, 64), "cifar10": (1, 2, 4), "imagenet64": (1, 2)}
 RESOLUTIONS = {"mnist": (28, 56, 84, 112)}
-BATCH = 8  # of the measurements against the resolution, times --scale
+BATCH = 8  # batch size of the measurements against the resolution, before --scale
 
 
 @dataclass
 class Config(Options):
     """What to measure, and how."""
 
-    out: str = option("speed.png", "file of the picture")
+    out: str = option("speed.png", "file for the picture")
     datasets: tuple[str, ...] = option(
-        (), "workloads to time (default: all of these)", tuple(BATCHES)
+        (), "workloads to time (default: all of them)", tuple(BATCHES)
     )
-    scale: int = option(1, "multiplies all batch sizes: a GPU needs more work than a CPU", least=1)
-    repeats: int = option(5, "measurements of each; the medians count", least=1)
+    scale: int = option(1, "factor of all batch sizes; a GPU needs more work than a CPU", least=1)
+    repeats: int = option(5, "repetitions of each measurement; medians count", least=1)
     amp: str = option("off", "half precision: auto, bf16, fp16, off", AMP)
     compile: bool = option(False, "torch.compile the networks")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
 
 
 def run(script: str, *arguments: object) -> list[str]:
-    """Run one of the project's scripts -> the lines it prints."""
+    """Run one of the project's scripts -> the lines that it prints."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise UserError(f"{script} failed, see above; --datasets leaves a workload out")
+        raise UserError(f"{script} failed, see above; choose other workloads with --datasets")
     return done.stdout.splitlines()
 
 
 def measure(config: Config, dataset: str, batch: int, size: int | None = None) -> dict[str, float]:
-    """One call of step.py -> what it measured. Prints its line of the table."""
+    """Run step.py once and print its row of the table -> its measurements."""
     with tempfile.TemporaryDirectory() as folder:
         numbers = Path(folder) / "numbers.json"
         options = ["--dataset", dataset, "--batch-size", batch, "--repeats", config.repeats]
@@ -75,10 +76,10 @@ def measure(config: Config, dataset: str, batch: int, size: int | None = None) -
 
 
 def draw(path: Path, by_batch: dict, by_size: dict, batch: int) -> None:
-    """The picture: seconds per step and memory, against the batch and against the resolution.
+    """Plot seconds per step and memory against the batch size and against the resolution.
 
     Args:
-        by_batch, by_size: dataset -> {batch size or resolution: what `measure` found}.
+        by_batch, by_size: dataset -> {batch size or resolution: what `measure` returned}.
         batch: the batch size of by_size.
     """
     from matplotlib.figure import Figure  # late, see options.py
@@ -104,7 +105,7 @@ def draw(path: Path, by_batch: dict, by_size: dict, batch: int) -> None:
 
 
 def main(config: Config) -> None:
-    """Measure, print, draw."""
+    """Measure, print the table, and plot."""
     datasets = config.datasets or tuple(BATCHES)
     print("| dataset | resolution | batch | F | step | ratio to 11 F | memory | LPIPS |")
     print("|---|---|---|---|---|---|---|---|")
@@ -121,14 +122,8 @@ def main(config: Config) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "digits.png"
-        options = [
-            "--checkpoint",
-            ASSETS / "mnist_generator.safetensors",
-            "--teacher",
-            "--out",
-            picture,
-        ]
-        lines = run("sample.py", *options, "--device", config.device)
+        checkpoint = ("--checkpoint", ASSETS / "mnist_generator.safetensors", "--teacher")
+        lines = run("sample.py", *checkpoint, "--out", picture, "--device", config.device)
     print("mnist, " + next(line for line in lines if "faster" in line))
     draw(Path(config.out), by_batch, by_size, BATCH * config.scale)
     print(f"wrote {config.out}")

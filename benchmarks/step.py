@@ -3,16 +3,16 @@
     python benchmarks/step.py --dataset mnist --batch-size 32
     python benchmarks/step.py --dataset imagenet64 --batch-size 48 --amp bf16 --compile
 
-It runs train.py's own `training_step`, random draws and reading of pairs included, on random
-weights and pairs in a temporary folder. With F the time of one teacher forward on B images, a step
-with B unpaired and B paired images costs 11 F of arithmetic, counting a backward as two forwards:
+It runs train.py's `training_step`, including the random draws and the reading of pairs, with random
+weights and with pairs in a temporary folder. Let F be the time of one teacher forward on B images.
+A step with B unpaired and B paired images then costs 11 F, if a backward counts as two forwards:
 
     G on 2B images, forward and backward     6 F
     teacher and mu_fake, forward             2 F
     mu_fake, forward and backward            3 F
 
-LPIPS (VGG at 224x224, random weights) is timed apart. Memory is the GPU's peak, or the peak of the
-process on a CPU, Python and PyTorch included. The last line it prints:
+LPIPS (VGG at 224x224, random weights) is timed separately. Memory is the peak of the GPU, or on a
+CPU that of the process, which includes Python and PyTorch. The last line it prints:
 
     F 33.9 ms, step 394.8 ms, floor 372.8 ms, ratio 1.06
 """
@@ -48,17 +48,17 @@ class Config(Options):
     """What to measure, and how."""
 
     dataset: str = option("mnist", "whose networks", DATASETS)
-    batch_size: int = option(32, "B, unpaired and paired images each", least=1)
-    resolution: int | None = option(None, "of the images, in place of the dataset's")
-    repeats: int = option(15, "steps and forwards measured, in turn; the medians count", least=1)
+    batch_size: int = option(32, "B: unpaired images, and as many paired ones", least=1)
+    resolution: int | None = option(None, "of the images (default: the dataset's)")
+    repeats: int = option(15, "steps and forwards to time, in turn; medians count", least=1)
     amp: str = option("off", "half precision: auto, bf16, fp16, off", AMP)
     compile: bool = option(False, "torch.compile the networks")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    json: str | None = option(None, "file for the numbers")
+    json: str | None = option(None, "write the numbers to this file")
 
 
 def write_inputs(folder: Path, workload: Workload) -> dict[str, str]:
-    """A teacher of random weights and 64 pairs of noise -> the run's teacher, pairs and out."""
+    """Write a teacher with random weights and 64 random pairs -> the run's teacher, pairs, out."""
     teacher, dataset = folder / "teacher.safetensors", workload.dataset
     torch.manual_seed(0)
     net = EDMPrecond(**workload.network)
@@ -76,7 +76,7 @@ def write_inputs(folder: Path, workload: Workload) -> dict[str, str]:
 
 
 def milliseconds(function: Callable, device: torch.device) -> float:
-    """How long one call takes, until the device has done its work."""
+    """The time of one call, until the device has finished its work."""
     start = time.perf_counter()
     function()
     if device.type == "cuda":
@@ -85,7 +85,7 @@ def milliseconds(function: Callable, device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: of the GPU's memory, or of this process's."""
+    """Peak memory of the GPU, or of this process, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
@@ -93,11 +93,11 @@ def peak_memory(device: torch.device) -> float:
 
 
 def measure(config: Config, folder: Path, workload: Workload) -> dict[str, float]:
-    """Time forwards and steps in turn, so that both see the same machine.
+    """Time forwards and steps in turn, so that a change of the machine's speed affects both.
 
     Returns:
-        medians in milliseconds, "forward" and "step" (and "lpips" where the dataset has it), and
-        the peak of memory, "GiB".
+        medians in milliseconds, "forward" and "step" (and "lpips" if the dataset uses it), and the
+        peak memory, "GiB".
     """
     device, B = pick_device(config.device), config.batch_size
     workload = replace(
@@ -136,7 +136,8 @@ def main(config: Config) -> None:
     """Measure and print."""
     workload = get_workload(config.dataset)
     size = workload.image_shape[-1] if config.resolution is None else config.resolution
-    least = 2 ** (len(workload.network["channel_mult"]) - 1)  # the network halves it
+    # The network halves the resolution at every level but the first.
+    least = 2 ** (len(workload.network["channel_mult"]) - 1)
     if size < least or size % least:
         raise UserError(f"--resolution must be a multiple of {least}, not {size}")
     workload = replace(workload, network=workload.network | {"img_resolution": size})
@@ -155,7 +156,7 @@ def main(config: Config) -> None:
 
 
 def lpips_time(x: torch.Tensor, device: torch.device, repeats: int) -> float:
-    """Milliseconds of the LPIPS regression loss on images x, with its gradient."""
+    """Milliseconds that the LPIPS regression loss on images x and its gradient take."""
     from lpips import LPIPS  # slow to import, and not needed for MNIST
 
     network = LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)

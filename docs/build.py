@@ -2,11 +2,11 @@
 
     python docs/build.py
 
-docs/page.html is the text, a Jinja template; equations stand in it in LaTeX, between dollar signs.
-What it calls is here: code(file, name) cuts a function, a class or a constant out of its file,
-without docstrings, since the text beside it says what they say; see(file, name) links to one;
-line(file, text) to the one line of it that holds this text. A name or text that is not there, or
-not once, is an error. The page needs no network, and no file but the pictures. It prints:
+docs/page.html holds the text. It is a Jinja template with equations in LaTeX, between dollar signs.
+It calls functions of this file: code(file, name) cuts a function, a class or a constant out of a
+file, without docstrings, because the text beside it says the same; see(file, name) links to one;
+line(file, text) links to the line that contains the text. A name or text that is missing, or occurs
+more than once, is an error. The page needs no network, and no file but the pictures. It prints:
 
     wrote docs/index.html
 """
@@ -32,48 +32,48 @@ from plumbing.files import write_bytes
 
 ROOT = Path(__file__).parent.parent
 
-# LaTeX; names in the code; shape or range; meaning. Where one of them stands on the page, in an
-# equation or in code, it can be asked for this.
+# LaTeX; names in the code; shape or range; meaning. The page shows these wherever the reader points
+# at a symbol, in an equation or in code.
 SYMBOLS = [
-    (r"x_\text{ref}", "x_ref", "(R, C, H, W)", "G(z_ref), to be compared with y_ref"),
+    (r"x_\text{ref}", "x_ref", "(R, C, H, W)", "G(z_ref), which is compared with y_ref"),
     (r"y_\text{ref}", "y_ref", "(R, C, H, W)", "the teacher's ODE solution for z_ref"),
     (r"z_\text{ref}", "z_ref", "(R, C, H, W)", "noise of the pairs"),
     (r"\mu_\text{base}", "", "(x_t, t, cond) -> (B, C, H, W)", "the teacher's denoiser, mu_real"),
     (r"\mu_\text{real}", "mu_real p_real", "(x_t, t, cond) -> (B, C, H, W)",
      "the frozen teacher's denoiser; where scores are computed, its estimate of the clean x_0"),
     (r"\mu_\text{fake}", "mu_fake p_fake", "(x_t, t, cond) -> (B, C, H, W)",
-     "denoiser trained all along on what G makes; where scores are computed, its estimate"),
+     "denoiser that is trained on G's samples; where scores are computed, its estimate"),
     (r"s_\text{real}", "s_real", "(B, C, H, W)",
-     "score of diffused real data: the direction in which they get denser"),
+     "score of diffused real data: the direction in which their density grows"),
     (r"s_\text{fake}", "s_fake", "(B, C, H, W)", "score of diffused generated data"),
-    (r"p_\text{real}", "", "density", "of the data, which the teacher knows"),
-    (r"p_\text{fake}", "", "density", "of what G makes"),
+    (r"p_\text{real}", "", "density", "of the data, as the teacher knows it"),
+    (r"p_\text{fake}", "", "density", "of G's samples"),
     (r"\mathcal{L}_\text{KL}", "loss_kl", "number", "Algorithm 2's loss"),
     (r"\mathcal{L}_\text{reg}", "loss_reg", "number", "regression loss"),
     (r"\mathcal{L}_\text{denoise}", "loss_denoise", "number", "Algorithm 3's loss"),
     (r"\lambda_\text{reg}", "lambda_reg", "number", "weight of the regression loss"),
-    (r"T_\text{min}", "T_MIN", "0.02 T", "where the KL gradient's noise levels begin"),
-    (r"T_\text{max}", "T_MAX max_dm_step t_max", "0.98 T", "where those of the KL gradient end"),
-    (r"\alpha_t", "alpha_t", "(B, 1, 1, 1) of a table (T,)", "what of x is left in x_t; EDM: 1"),
-    (r"\sigma_t", "sigma_t", "(B, 1, 1, 1) of a table (T,)", "how much noise is in x_t"),
+    (r"T_\text{min}", "T_MIN", "0.02 T", "lowest noise level of the KL gradient"),
+    (r"T_\text{max}", "T_MAX max_dm_step t_max", "0.98 T", "end of the KL gradient's noise levels"),
+    (r"\alpha_t", "alpha_t", "(B, 1, 1, 1) of a table (T,)", "scale of x in x_t; EDM: 1"),
+    (r"\sigma_t", "sigma_t", "(B, 1, 1, 1) of a table (T,)", "size of the noise in x_t"),
     (r"w_t", "w_t", "(B, 1, 1, 1)", "weight of the KL gradient"),
     (r"x_t", "x_t", "(B, C, H, W)", "x, diffused to noise level t"),
     (r"x_0", "x_0", "(B, C, H, W)", "a clean sample"),
     (r"G_\theta", "G", "z -> x", "the one-step generator"),
     (r"D_\text{KL}", "", "number", "Kullback-Leibler divergence"),
-    (r"\mathcal{D}", "pairs", "(z_ref, y_ref), ...", "the pairs, made beforehand"),
+    (r"\mathcal{D}", "pairs", "(z_ref, y_ref), ...", "the pairs, made before training"),
     (r"\epsilon", "eps", "(B, C, H, W)", "noise, or a network's prediction of it"),
     (r"\ell", "distance", "two images -> number", "LPIPS, or the squared difference"),
     (r"\theta", "", "", "the weights of G"),
     (r"\phi", "", "", "the weights of mu_fake"),
     (r"T", "T", "1000", "number of noise levels"),
-    (r"t", "t", "(B,) long, 0 .. T-1", "noise level, larger is noisier"),
+    (r"t", "t", "(B,) long, 0 .. T-1", "noise level; a larger one is noisier"),
     (r"z", "z", "(B, C, H, W)", "noise, N(0, I)"),
-    (r"x", "x", "(B, C, H, W)", "G(z), about [-1, 1]; of Stable Diffusion a latent"),
+    (r"x", "x", "(B, C, H, W)", "G(z), about [-1, 1]; for Stable Diffusion, a latent"),
     (r"y", "y", "(B, C, H, W)", "the teacher's ODE solution for z"),
     (r"c", "cond", "(B,) long, or (B, 77, 768)", "class label, or text states"),
     (r"C", "", "1, 3 or 4", "channels"),
-    (r"S", "", "H W", "pixels (of Stable Diffusion, of the latent)"),
+    (r"S", "", "H W", "pixels (for Stable Diffusion, of the latent)"),
 ]  # fmt: skip
 
 
@@ -82,32 +82,32 @@ SYMBOLS = [
 
 
 def mathml(latex: str, display: str = "inline", named: bool = True) -> str:
-    """LaTeX -> MathML; `named`: in which symbols carry their number in SYMBOLS as data-s."""
+    """LaTeX -> MathML. `named`: symbols carry their number in SYMBOLS as data-s."""
     text = convert(latex, display=display).replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
     if not named:
         return text
-    for number, (symbol, *_) in enumerate(SYMBOLS):  # the larger first; \0 hides what is done
+    for number, (symbol, *_) in enumerate(SYMBOLS):  # the longest first; \0 hides what is replaced
         text = text.replace(inside(symbol), f"\0{number}\0")
 
-    def asked_for(match: re.Match) -> str:
+    def marked(match: re.Match) -> str:
         number = match[1]
         stop = ' tabindex="0"' if display == "block" and match.start() == first[number] else ""
         return f'<mrow data-s="{number}"{stop}>{inside(SYMBOLS[int(number)][0])}</mrow>'
 
-    first = {}  # the keyboard stops at each symbol of an equation once
+    first = {}  # the tab key stops once at each symbol of an equation
     for match in re.finditer("\0(\\d+)\0", text):
         first.setdefault(match[1], match.start())
-    return re.sub("\0(\\d+)\0", asked_for, text)
+    return re.sub("\0(\\d+)\0", marked, text)
 
 
 @cache
 def inside(latex: str) -> str:
-    """A symbol's MathML, as it stands in an equation."""
+    """A symbol's MathML, as it occurs in an equation."""
     return re.fullmatch(r"<math.*?><mrow>(.*)</mrow></math>", convert(latex))[1]
 
 
 def with_equations(text: str) -> str:
-    """$...$ and $$...$$ -> MathML; the second on a line of its own."""
+    """$...$ and $$...$$ -> MathML, inline and displayed."""
 
     def replace(match: re.Match) -> str:
         if match[1] == "$":
@@ -123,14 +123,14 @@ def with_equations(text: str) -> str:
 
 @cache
 def source(file: str) -> tuple[list[str], list[str], ast.Module]:
-    """Of a file: its lines, the same in colour, its syntax tree."""
+    """A file's lines, the same lines highlighted, and its syntax tree."""
     text = (ROOT / file).read_text(encoding="utf-8")
     coloured = pygments.highlight(text, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True))
     return text.split("\n"), coloured.split("\n"), ast.parse(text)
 
 
 def names_of(node: ast.AST) -> list[str]:
-    """What a statement defines."""
+    """The names that a statement defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     targets = getattr(node, "targets", [])
@@ -139,7 +139,7 @@ def names_of(node: ast.AST) -> list[str]:
 
 
 def find(file: str, name: str) -> ast.stmt:
-    """A function, class, method (Class.method) or constant of a file."""
+    """The definition of a function, class, method (Class.method) or constant."""
     node = source(file)[2]
     for part in name.split("."):
         found = [child for child in ast.walk(node) if part in names_of(child)]
@@ -150,7 +150,7 @@ def find(file: str, name: str) -> ast.stmt:
 
 
 def first_line(file: str, name: str) -> int:
-    """Where it begins, decorators included, and the comment above."""
+    """The first line of a definition, including its decorators and the comment above it."""
     lines, node = source(file)[0], find(file, name)
     start = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
     while lines[start - 2].startswith("# "):
@@ -159,24 +159,24 @@ def first_line(file: str, name: str) -> int:
 
 
 SYMBOL_OF = {name: str(n) for n, (_, names, *_) in enumerate(SYMBOLS) for name in names.split()}
-shown: dict[str, set[int]] = {}  # file -> the lines that are on the page
+shown: dict[str, set[int]] = {}  # file -> the lines that the page shows
 
 
 def code(file: str, *names: str, but: str = "") -> str:
-    """Cut these out of their file, without docstrings. `but`: names that mean something else there
-    than in SYMBOLS."""
+    """These definitions, cut out of their file, without docstrings. `but`: names that have another
+    meaning there than in SYMBOLS."""
     return "".join(code_block(file, name, but.split()) for name in names)
 
 
 def code_block(file: str, name: str, but: list[str]) -> str:
-    """One of them."""
+    """One definition."""
     node, start = find(file, name), first_line(file, name)
     left_out = set()
     for part in ast.walk(node):
         if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part):
             left_out |= set(range(part.body[0].lineno, part.body[0].end_lineno + 1))
             if not source(file)[0][part.body[0].end_lineno]:
-                left_out.add(part.body[0].end_lineno + 1)  # an empty line after it
+                left_out.add(part.body[0].end_lineno + 1)  # the empty line after it
 
     def symbol(match: re.Match) -> str:
         if match[1] not in SYMBOL_OF or match[1] in but:
@@ -198,12 +198,12 @@ def code_block(file: str, name: str, but: list[str]) -> str:
 
 
 def see(file: str, name: str) -> str:
-    """A link to where this is defined: on the page, if it is shown there."""
+    """A link to a definition: on the page if it is shown there, else in the file."""
     return f'<a class="see" href="\1{file}:{first_line(file, name)}\1"><code>{name}</code></a>'
 
 
 def line(file: str, text: str) -> str:
-    """A link to the one line that holds this text."""
+    """A link to the only line that contains this text."""
     found = [n for n, each in enumerate(source(file)[0], start=1) if text in each]
     if len(found) != 1:
         raise LookupError(f"{file} has {len(found)} lines with {text!r}")
@@ -211,7 +211,8 @@ def line(file: str, text: str) -> str:
 
 
 def with_targets(text: str) -> str:
-    """Links to lines that the page shows go there, others to the file."""
+    """Turn the marks of `see` and `line` into links: to the page if it shows that line, else to the
+    file."""
 
     def replace(match: re.Match) -> str:
         file, number = match[1], int(match[2])
@@ -226,7 +227,7 @@ def with_targets(text: str) -> str:
 
 
 def measured(name: str) -> str:
-    """One of the tables of results/mnist.json."""
+    """A table of results/mnist.json."""
     results = json.loads((ROOT / "results" / "mnist.json").read_text(encoding="utf-8"))
     heads, _, *rows = (row[2:-2].split(" | ") for row in tables(results)[name].splitlines())
 

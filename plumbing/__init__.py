@@ -1,1 +1,1 @@
-"""Nothing of the paper: what the scripts need besides, each file to be read alone."""
+"""Everything the paper does not discuss. Each file can be read on its own."""

@@ -1,4 +1,4 @@
-"""What is looked at: grids of pictures, films, curves, and Figure 3."""
+"""Pictures: grids, films, curves, and Figure 3."""
 
 import io
 import math
@@ -20,8 +20,7 @@ def write_figure(path: Path, figure) -> None:
 
 
 def write_film(path: Path, frames: list[Image.Image]) -> None:
-    """Write pictures as a GIF, atomically: five a second, the last one for longer, again and
-    again."""
+    """Write pictures as an endless GIF, atomically: 0.2 seconds each, the last one 2 seconds."""
     how = {"save_all": True, "append_images": frames[1:], "loop": 0, "optimize": True}
     how["duration"] = [200] * (len(frames) - 1) + [2000]  # milliseconds
     with atomic_path(path) as temporary:
@@ -34,12 +33,12 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> None:
-    """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, as one PNG, row by row, with `gap` pixels
-    of light grey between them, magnified `scale` times (a whole number)."""
+    """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, row by row as one PNG, with `gap` pixels of
+    light grey between them. The whole picture is magnified `scale` times, an integer."""
     from torchvision.utils import make_grid  # slow to import
 
     grid = make_grid(to_uint8(images.detach().cpu()), columns, gap, pad_value=200)
-    grid = grid[: images.shape[1]]  # of one channel it makes three
+    grid = grid[: images.shape[1]]  # make_grid turns one channel into three
     picture = Image.fromarray(grid.permute(1, 2, 0).squeeze(2).numpy())
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     with atomic_path(path) as temporary:
@@ -47,8 +46,8 @@ def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int
 
 
 def draw_curves(path: Path, rows: list[dict]) -> None:
-    """Plot every logged scalar but the learning rate against the step."""
-    from matplotlib.figure import Figure  # late, see options.py
+    """Plot every logged scalar except the learning rate against the step."""
+    from matplotlib.figure import Figure  # imported late, see options.py
 
     steps = [int(row["step"]) for row in rows]
     names = [name for name in rows[0] if name not in ("step", "learning_rate")]
@@ -61,14 +60,10 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
     write_figure(path, figure)
 
 
-# --------------------------------------------------------------------------------------------------
-# Figure 3 (toy_2d.py)
-
-
 def draw_panels(
     panels: dict[str, Tensor], labels: list[str], real: Tensor, modes: Tensor, std: float, size
 ):
-    """Samples in the plane -> a matplotlib figure with one panel for each entry of `panels`.
+    """Draw samples in the plane -> a matplotlib figure with one panel per entry of `panels`.
 
     Args:
         panels: title -> generated samples (B, 2, 1, 1); labels: a line below each panel.
@@ -76,7 +71,7 @@ def draw_panels(
             drawn as contours at 1, 2 and 3 standard deviations.
         size: width and height of the figure in inches.
     """
-    from matplotlib.figure import Figure  # late, see options.py
+    from matplotlib.figure import Figure  # imported late, see options.py
 
     x, y = torch.linspace(-0.9, 0.9, 181), torch.linspace(-0.4, 0.4, 81)
     distance = torch.cdist(torch.cartesian_prod(x, y), modes).reshape(181, 81, len(modes))
@@ -97,12 +92,12 @@ def draw_panels(
 def draw_film(path: Path, films: dict[str, list[tuple]], steps: list[int], draw: Callable) -> None:
     """Write the panels at several steps as a film, with the scores as arrows.
 
-    The real score (blue) pulls samples towards real data; the fake score, turned round (brown),
-    pushes them apart; their sum (black) is the negative of Eq. 7's gradient.
+    The real score (blue) pulls samples towards real data; the negative fake score (brown) pushes
+    them apart; their sum (black) is the negative of Eq. 7's gradient.
 
     Args:
-        films: panel -> for every step, samples (B, 2, 1, 1) and, of the first ones, the two scores
-            (A, 2, 1, 1).
+        films: panel -> for every step, samples (B, 2, 1, 1) and the real and the fake score
+            (A, 2, 1, 1) of the first A of them.
         draw: {panel: samples}, size -> a figure, as draw_panels makes it.
     """
     pictures = []

@@ -1,4 +1,4 @@
-"""Whole files or none: atomic writes of tensors, JSON, CSV, pictures; and strict reading."""
+"""Atomic writing, which leaves a whole file or none, and strict reading."""
 
 import contextlib
 import csv
@@ -20,15 +20,12 @@ from torch import Tensor
 
 from plumbing.options import UserError
 
-# --------------------------------------------------------------------------------------------------
-# Writing
-
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`, renamed to it if the block ends without an error.
+    """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
 
-    The temporary name is a fixed one: what a killed process left is overwritten by the next.
+    The name is always the same, so the next run overwrites what a killed process left behind.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -37,11 +34,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter when the disk is full
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}; nothing was changed") from error
     finally:
-        with contextlib.suppress(OSError):  # gone already, or in a folder that is not ours
+        with contextlib.suppress(OSError):  # already renamed, or in a folder that is not ours
             temporary.unlink()
 
 
@@ -65,29 +62,25 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict, **others: str) -> None:
-    """Write a safetensors file atomically. Tensors are brought to the CPU, contiguous.
+    """Write a safetensors file atomically.
 
-    Our metadata is one JSON entry, "dmd": equal contents are equal files. `others` are entries that
-    other readers ask for, such as format="pt" (several entries are written in random order).
+    The metadata is a single JSON entry, "dmd", so that equal contents give equal files: safetensors
+    writes several entries in random order. `others` are for other readers, such as format="pt".
     """
     cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = {"dmd": json.dumps(metadata, sort_keys=True), **others}
     write_bytes(path, safetensors.torch.save(cpu, entries))
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading
-
-
 def read_json(path: Path) -> dict:
-    """Read a JSON file that holds an object."""
+    """The object in a JSON file."""
     with one_line_errors(path):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager
 def one_line_errors(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while reading `path` becomes a UserError of one line that names it."""
+    """Whatever goes wrong while reading `path` becomes a one-line UserError that names it."""
     try:
         yield
     except FileNotFoundError:
@@ -98,74 +91,72 @@ def one_line_errors(path: Path) -> Iterator[None]:
         named = str(error).startswith(str(path))
         raise UserError(one_line(error if named else f"{path} is refused: {error}")) from error
     except Exception as error:  # pickles, zip files, safetensors and torch raise a dozen types
-        text = f"{path} is damaged or of another kind; get it again, or make it again"
+        text = f"{path} is damaged or of another kind; download it or make it again"
         raise UserError(one_line(f"{text} ({type(error).__name__}: {error})")) from error
 
 
 def one_line(text: object, limit: int = 500) -> str:
-    """Text of unknown origin, fit to be printed: one line, printable, not endless."""
+    """Text of unknown origin, made fit to print: one line, printable, shortened to `limit`."""
     line = " ".join(str(text).split())
     line = "".join(c if c.isprintable() else "?" for c in line)
     return line if len(line) <= limit else line[:limit] + " ..."
 
 
 def torch_load(source: Path | io.BytesIO) -> Any:
-    """torch.load of tensors and plain containers only; maps a file where its format allows, so
-    that what is never asked for is never read."""
+    """torch.load of tensors and plain containers only; a zip file is mapped, not read whole."""
     mmap = isinstance(source, Path) and zipfile.is_zipfile(source)
     try:
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:  # whose advice is to trust the file
+    except pickle.UnpicklingError as error:  # its own text advises to trust the file
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it names {named[1]}, which no state dict needs" if named else "it is no state dict"
         raise UserError(f"{what}; nothing was run") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Read a safetensors file -> tensors, and our metadata ({} in other people's files)."""
+    """A safetensors file's tensors and our metadata ({} in other people's files)."""
     with one_line_errors(path), safe_open(str(path), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, read_metadata(file)
 
 
 def read_header(path: Path) -> tuple[list[str], dict]:
-    """The tensors' names and our metadata of a safetensors file, without its numbers."""
+    """A safetensors file's tensor names and our metadata, without reading the tensors."""
     with one_line_errors(path), safe_open(str(path), framework="pt") as file:
         return list(file.keys()), read_metadata(file)
 
 
 def read_metadata(file) -> dict:
-    """What write_tensors was given beside the tensors, from a file opened with safe_open."""
+    """The metadata given to write_tensors, from a file opened with safe_open."""
     return json.loads((file.metadata() or {}).get("dmd", "{}"))
 
 
 def load_strictly(
     module: torch.nn.Module, tensors: dict[str, Tensor], path: Path | str, assign: bool = False
 ) -> None:
-    """Copy tensors into a module's parameters and buffers; every difference is an error.
+    """Load tensors into a module; any difference in names or shapes is a UserError.
 
     Args:
-        path: where the tensors are from, for the message.
+        path: where the tensors come from, for the message.
         assign: make the tensors themselves the parameters, without a copy.
     """
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     other = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
-    problems = {
-        "missing": expected.keys() - found.keys(),
-        "surplus": found.keys() - expected.keys(),
-        "misshapen": [f"{name} {found[name]} instead of {expected[name]}" for name in other],
-    }
-    parts = [
-        f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in problems.items()
-        if names
-    ]
+    parts = []
+    for kind, names in (
+        ("missing", expected.keys() - found.keys()),
+        ("surplus", found.keys() - expected.keys()),
+        ("misshapen", [f"{name} {found[name]} instead of {expected[name]}" for name in other]),
+    ):
+        if names:
+            shown = sorted(names)[:3] + ["..."] * (len(names) > 3)
+            parts.append(f"{len(names)} {kind} ({', '.join(shown)})")
     if parts:
         raise UserError(f"{path} holds another architecture: {'; '.join(parts)}")
     module.load_state_dict(tensors, strict=True, assign=assign)
 
 
 def file_hash(path: Path) -> str:
-    """The first 16 hexadecimal digits of a file's SHA-256: says whether two files are the same."""
+    """The first 16 hexadecimal digits of a file's SHA-256."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

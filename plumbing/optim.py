@@ -1,4 +1,4 @@
-"""How a network learns: schedule, parts and ranks, AdamW, clipping, fp16's loss scale, average."""
+"""How a network learns: learning rate, AdamW, clipping, fp16's loss scale, moving average."""
 
 import copy
 import math
@@ -13,52 +13,43 @@ from plumbing.devices import Ranks
 
 
 def learning_rate(step: int, peak: float, warmup: int, end: int | None = None) -> float:
-    """Linear warm-up to the peak, then constant as in the paper, or half a cosine to zero at step
-    `end`."""
+    """Linear warm-up to the peak, then constant as in the paper, or a half cosine to 0 at `end`."""
     warm = min(1.0, (step + 1) / max(1, warmup))
     progress = max(0, step - warmup) / (end - warmup) if end else 0
     return peak * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def average_decay(step: int, share: float) -> float:
-    """Decay of a moving average whose memory is about this share of the steps so far, so that the
-    start is forgotten however long the run: the power-function profile of Karras et al. 2024 (arXiv
-    2312.02696), whose gamma + 1 is 1 / share."""
+    """Decay of a moving average that remembers about this share of the steps so far, so that the
+    start of a run is forgotten however long it is: the power-function profile of Karras et al. 2024
+    (arXiv 2312.02696), whose gamma + 1 is 1 / share."""
     return (1 - 1 / (step + 1)) ** (1 / share)
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """Moving average of the weights."""
-    for mean, weight in zip(average.parameters(), network.parameters(), strict=True):
-        mean.lerp_(weight, 1 - decay)
-
-
 class Unfinished(Exception):
-    """A step was left between its parts; nothing has changed."""
+    """A step was abandoned between its parts; nothing has changed."""
 
 
 class Learner:
-    """One network's way through the steps of a run.
+    """Trains one network. A step, whose batch comes in one or several parts:
 
-        for part in learner.parts(parts):               # a step: one part, or several
+        for part in learner.parts(parts):
             learner.backward(loss(learner.model, part))
         norm = learner.step(k)
 
-    Gradients are averaged: over the parts, and with the last part over the ranks
-    (DistributedDataParallel does that during its backward).
+    Gradients are averaged over the parts, and over the ranks during the backward pass of the last
+    part (by DistributedDataParallel).
 
     Args:
-        network: what is trained, on its device; stays in the mode that it is in.
-        peak, warmup, end: of learning_rate.
-        betas, weight_decay: of AdamW.
+        network: what is trained, on its device; its training or eval mode is kept.
+        peak, warmup, end: of learning_rate; betas, weight_decay: of AdamW.
         grad_clip: largest L2 norm of the gradient.
-        fp16: scale the loss, or small gradients would be zero in half precision.
+        fp16: scale the loss, so that small gradients do not become zero in half precision.
         shard: spread AdamW's state over the ranks.
         decay: step -> decay of the moving average of the weights; None: no average.
 
     Attributes:
-        network: bare, for its weights. model: the same as one calls it.
+        network: the bare network, for its weights; model: the network to call.
         average: the moving average, or the network itself.
     """
 
@@ -81,11 +72,10 @@ class Learner:
         self.learning_rate = partial(learning_rate, peak=peak, warmup=warmup, end=end)
         self.count, self.rank, self.sharded = 1, ranks.rank, shard and ranks.count > 1
         self.average = copy.deepcopy(network).requires_grad_(False) if decay else network
-        kind, options = torch.optim.AdamW, {"betas": betas, "weight_decay": weight_decay}
-        options["fused"] = True
+        kind, options = torch.optim.AdamW, dict(betas=betas, weight_decay=weight_decay, fused=True)
         if self.sharded:
-            # ZeRO-1: G and mu_fake fit on a GPU whole, what doubles their memory is AdamW's state.
-            # Unlike FSDP it leaves the networks, and so their checkpoints, as they are.
+            # ZeRO-1: a GPU holds both networks, but not AdamW's state, which is twice their size.
+            # Unlike FSDP, it does not change the networks or their checkpoints.
             from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
 
             kind, options = ZeroRedundancyOptimizer, {"optimizer_class": kind, **options}
@@ -97,19 +87,17 @@ class Learner:
                 network, gradient_as_bucket_view=True, broadcast_buffers=False
             )
             for name, table in network.named_buffers(recurse=False):
-                setattr(self.model, name, table)  # a denoiser's noise table is seen through it
+                setattr(self.model, name, table)  # a denoiser's noise table
 
     def parts(self, parts: Sequence, leave: Callable[[], bool] | None = None) -> Iterator:
-        """The parts of a step one after the other, each of which counts equally.
-
-        If `leave`, asked between two parts, says so, the gradients are forgotten: Unfinished.
-        """
+        """Yield the parts of a step, which all count equally. `leave` is asked between two parts;
+        if it returns True, the gradients are dropped and Unfinished is raised."""
         self.count = len(parts)
         for i, part in enumerate(parts):
             if i > 0 and leave is not None and leave():
                 self.optimizer.zero_grad(set_to_none=True)
                 raise Unfinished
-            # DistributedDataParallel's, which looks at it in the part's forward.
+            # DistributedDataParallel reads this in the part's forward pass.
             self.model.require_backward_grad_sync = i + 1 == len(parts)
             yield part
 
@@ -118,11 +106,11 @@ class Learner:
         self.scaler.scale(loss / self.count).backward()
 
     def step(self, step: int) -> Tensor:
-        """Clip, and do step k. Returns the gradient's norm before clipping.
+        """Clip the gradient and do step k. Returns the gradient's norm before clipping.
 
-        With fp16 it may be infinite: then this step is left out and the loss's scale lowered. In
-        another precision the weights become NaN; rundir.Log ends the run when it next looks, before
-        anything is saved.
+        If it is infinite with fp16, the optimizer skips this step and the loss scale is lowered.
+        In any other precision the weights become NaN, and rundir.Log ends the run before anything
+        is saved.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
@@ -132,24 +120,28 @@ class Learner:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.decay:
-            update_average(self.average, self.network, self.decay(step))
+            decay, weights = self.decay(step), self.network.parameters()
+            for mean, weight in zip(self.average.parameters(), weights, strict=True):
+                mean.lerp_(weight.detach(), 1 - decay)
         return norm
 
     def state_dict(self) -> dict:
-        """Network, optimiser and scale, the same for any number of ranks. All ranks must call."""
-        optimizer = {}
+        """Network, optimizer and loss scale, for any number of ranks. All ranks must call it."""
         if self.sharded:
             self.optimizer.consolidate_state_dict(to=0)
-        if self.rank == 0:
-            optimizer = self.optimizer.state_dict()
-        states = {"network": self.network.state_dict(), "optimizer": optimizer}
-        return states | {"scaler": self.scaler.state_dict()}
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.rank == 0 else {},
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what state_dict gave."""
+        """Restore what state_dict returned."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.sharded:  # it puts "step" on the CPU (PyTorch issue 124133), and all there is twice
+        if self.sharded:
+            # ZeroRedundancyOptimizer keeps a second copy of the state, and puts "step" on the CPU
+            # (PyTorch issue 124133).
             self.optimizer.state.clear()
             for parameter, values in self.optimizer.optim.state.items():
                 values["step"] = values["step"].to(parameter.device)

@@ -1,4 +1,4 @@
-"""The command line of every script: a dataclass of options, one line for every user error."""
+"""The command line of every script: options from a dataclass, one-line errors."""
 
 import argparse
 import dataclasses
@@ -13,8 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-# Where the home folder cannot be written, matplotlib says so at length as it is imported, and does
-# without. (So the functions that draw import it, after this line.)
+# Matplotlib, imported later, warns at length if it cannot write to the home folder.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 BOUNDS = {
@@ -26,38 +25,32 @@ BOUNDS = {
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong and what to do, in one line."""
+    """A mistake the user can correct. Its one-line message says what is wrong, then what to do."""
 
 
 def option(
-    default,
-    help: str | None,
-    choices: tuple | None = None,
-    *,
-    flag: str | None = None,
-    free: bool = False,
-    **bounds,
+    default, help: str | None, choices: tuple = (), *, flag: str = "", free: bool = False, **bounds
 ):
     """A dataclass field that is an option of the command line.
 
     Args:
-        help: its line in --help; None: no option after all.
-        choices: the only values that it may have.
-        flag: its name on the command line, if not the field's.
-        free: a run may be resumed with another value, because it does not change the result.
-        **bounds: of a number: least, above, most, below.
+        help: its line in --help; None if the field is no option.
+        choices: the only values that are allowed; () allows all.
+        flag: its name on the command line; by default the field's name.
+        free: the value does not change the result, so a run may be resumed with another one.
+        **bounds: of a number: least, above, most, below (the keys of BOUNDS).
     """
     metadata = {"help": help, "choices": choices, "flag": flag, "free": free, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag_of(field: dataclasses.Field) -> str:
-    """lambda_reg -> --lambda-reg, or what the option itself says."""
+    """The field lambda_reg -> --lambda-reg, unless the option has another flag."""
     return "--" + (field.metadata["flag"] or field.name).replace("_", "-")
 
 
 class Options:
-    """Base of the dataclasses of options: they cannot be made with a value out of bounds."""
+    """Base class for dataclasses of options: values that are not allowed raise UserError."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -67,40 +60,34 @@ class Options:
             for each in value if isinstance(value, tuple | list) else [value]:
                 if about["choices"] and each not in about["choices"]:
                     known = ", ".join(map(str, about["choices"]))
-                    raise UserError(f"{flag_of(field)} is one of {known}; there is no {each!r}")
+                    raise UserError(f"{flag_of(field)} must be one of {known}, not {each!r}")
             for name, bound in about["bounds"].items():
                 holds, words = BOUNDS[name]
                 if not holds(value, bound):  # so that NaN fails too
                     raise UserError(f"{flag_of(field)} must be {words} {bound}, not {value}")
 
     def settings(self) -> dict:
-        """What decides the result: the values of all fields but those marked free."""
+        """The values that decide the result: those of all fields not marked free."""
         fields = [field for field in dataclasses.fields(self) if not field.metadata.get("free")]
         return {field.name: getattr(self, field.name) for field in fields}
 
 
-# --------------------------------------------------------------------------------------------------
-# From the command line to main
-
-
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command line in one line, as for every other mistake."""
+    """Reports a wrong command line in one line, like every other mistake."""
 
     def error(self, message: str) -> typing.NoReturn:
-        """Raise UserError."""
         raise UserError(f"{message}; --help lists the options")
 
 
 def parse(make: Callable, doc: str, flags: str | None = None):
-    """The command line -> make(**the options that it gives), a dataclass derived from Options.
+    """The command line -> make(**the given options), a dataclass derived from Options.
 
-    Every field made by `option` is one: `lambda_reg: float = option(...)` is `--lambda-reg X`, a
-    bool has `--no-...` too, a tuple takes several values. --help shows the values that `make` gives
-    for --dataset.
+    `lambda_reg: float = option(...)` becomes `--lambda-reg X`. A bool also has `--no-...`, and a
+    tuple takes several values. --help shows the defaults of the given --dataset.
 
     Args:
-        make: the dataclass, or a function of the same keywords that fills in the others.
-        flags: the fields that are options of this script, some as flag=field; None: all.
+        make: the dataclass, or a function of the same keywords that fills in the rest.
+        flags: the fields that this script offers, or flag=field for another name; None: all.
     """
     first = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     if "dataset" in inspect.signature(make).parameters:
@@ -117,7 +104,7 @@ def parse(make: Callable, doc: str, flags: str | None = None):
     for word in words:
         flag, _, name = word.rpartition("=")
         value, about, kind = getattr(shown, name), fields[name].metadata, hints[name]
-        default = "" if value in (None, ()) or kind is bool else f" (default: {value})"
+        default = "" if value in (None, "", ()) or kind is bool else f" (default: {value})"
         how = {"dest": name, "help": (about["help"] + default).replace("%", "%%")}
         if isinstance(kind, types.UnionType):  # float | None
             kind = typing.get_args(kind)[0]
@@ -133,7 +120,7 @@ def parse(make: Callable, doc: str, flags: str | None = None):
 
 
 def run_script(main: Callable, make: Callable, doc: str, flags: str | None = None):
-    """Call main on what `parse` gives; a UserError becomes one line and exit code 2."""
+    """Call main with what `parse` returns; a UserError becomes one line and exit code 2."""
     try:
         main(parse(make, doc, flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -141,9 +128,9 @@ def run_script(main: Callable, make: Callable, doc: str, flags: str | None = Non
     except (UserError, torch.OutOfMemoryError) as error:
         said = str(error).splitlines()[0]
         if not isinstance(error, UserError):
-            how = "--batch-size (train.py: raise --accumulate, which keeps the batch)"
-            said = f"the GPU's memory is full ({said}); lower {how}"
-        rank = os.environ.get("RANK", "0")  # of several processes, see devices.py
+            what = "lower --batch-size (train.py: raise --accumulate, which keeps the batch)"
+            said = f"the GPU's memory is full ({said}); {what}"
+        rank = os.environ.get("RANK", "0")  # torchrun sets it, see devices.py
         print(f"error: {said}" + ("" if rank == "0" else f" (rank {rank})"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,14 +1,14 @@
-"""Noise/image pairs on disk, and everything that is drawn at random.
+"""Noise/image pairs on disk, and all random draws.
 
-A folder of pairs holds `meta.json` (dataset, teacher, solver, ... : how they were made) and shards
-`shard_00000.safetensors`, ... of `shard_size` pairs each, every one with
+A folder of pairs holds `meta.json`, which says how they were made (dataset, teacher, solver, ...),
+and the shards `shard_00000.safetensors`, ... of `shard_size` pairs each, with these tensors:
 
     z (N, C, H, W) float32      unit-variance noise
     y (N, C, H, W)              the teacher's ODE solution for it
-    cond (N,) int64             class labels, only of a class-conditional teacher
+    cond (N,) int64             class labels, if the teacher is class-conditional
     index (N,) int64            k of each pair; z is a function of (seed, k) alone
 
-and, of a text-conditional teacher, the N prompts in its metadata.
+If the teacher is text-conditional, a shard's metadata holds its N prompts.
 """
 
 import gzip
@@ -25,27 +25,24 @@ from torch import Tensor
 from plumbing.files import one_line_errors, read_json, read_metadata
 from plumbing.options import UserError
 
-# --------------------------------------------------------------------------------------------------
-# Randomness: Philox (Salmon et al. 2011, doi 10.1145/2063384.2063405)
-
 STREAMS = (
     "pairs",  # z of pair k
     "unpaired", "paired",  # what the two data streams of Algorithm 1 draw for row i of step k
-    "pictures", "samples", "evaluation",  # z of what is looked at: by train.py, sample.py, ...
+    "pictures", "samples", "evaluation",  # z of the samples of train.py, sample.py, evaluate.py
     "toy", "assets",
 )  # fmt: skip
 
 
 def generator(stream: str, seed: int, step: int = 0, row: int = 0) -> np.random.Generator:
-    """What draws for row i of step k, in one of STREAMS: a function of these four numbers alone.
+    """A generator for row i of step k in one of STREAMS, determined by these four numbers alone.
 
-    Key (seed, stream), counter from (step, row, 0, 0) on: any two draw from counters, or by a key,
-    that the other never has, whatever the seeds; so no number is used twice.
+    Philox (Salmon et al. 2011, doi 10.1145/2063384.2063405) computes each number from a key, here
+    (seed, stream), and a counter, which starts at (step, row, 0, 0). Two generators differ in the
+    key or in all counters, whatever the seeds, so no number is used twice.
     """
     key = np.array([seed, STREAMS.index(stream)], np.uint64)
-    return np.random.Generator(
-        np.random.Philox(key=key, counter=np.array([0, 0, row, step], np.uint64))  # lowest first
-    )
+    counter = np.array([0, 0, row, step], np.uint64)  # lowest word first
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def normal(draws: np.random.Generator, *shape: int) -> Tensor:
@@ -59,15 +56,15 @@ def uniform(draws: np.random.Generator, *shape: int) -> Tensor:
 
 
 def sample_noise(stream: str, seed: int, indices: Iterable[int], shape: tuple[int, ...]) -> Tensor:
-    """z of samples k in indices -> (len, *shape): row k is a function of (stream, seed, k) alone,
-    whatever the batch size, the number of processes or the device."""
+    """z of the samples k in indices -> (len, *shape). It depends on (stream, seed, k) alone, not on
+    the batch size, the number of processes or the device."""
     return torch.stack([normal(generator(stream, seed, row=k), *shape) for k in indices])
 
 
 def draw_rows(
     stream: str, seed: int, step: int, rows: Sequence[int], shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """For every row i of step k: three numbers uniform in [0, 1), and normal ones -> (B, 3)
+    """Draw for every row i of step k: three uniform numbers in [0, 1), and normal ones -> (B, 3)
     float64, (B, *shape)."""
     u, normals = torch.empty(len(rows), 3, dtype=torch.float64), torch.empty(len(rows), *shape)
     for i, row in enumerate(rows):
@@ -76,17 +73,12 @@ def draw_rows(
     return u, normals
 
 
-# --------------------------------------------------------------------------------------------------
-# Shards
-
-
 def shards(folder: Path, meta: dict) -> list[tuple[Path, range]]:
     """The files of all shards, and the indices k of the pairs in each."""
     count, size = meta["num_pairs"], meta["shard_size"]
-    starts = range(0, count, size)
     return [
         (folder / f"shard_{start // size:05d}.safetensors", range(start, min(start + size, count)))
-        for start in starts
+        for start in range(0, count, size)
     ]
 
 
@@ -95,31 +87,29 @@ class Pairs:
 
     Args:
         folder: as written by make_pairs.py.
-        dataset: what the pairs must have been made for.
-        first: use this many of them, from the first on; None: all.
+        dataset: the dataset that the pairs must belong to.
+        first: use only the first so many pairs; None: all.
 
     Attributes:
-        meta: meta.json.
-        prompts: of all pairs, for a text-conditional teacher, else empty.
+        meta: meta.json; prompts: of all pairs, empty unless the teacher is text-conditional.
     """
 
     def __init__(self, folder: Path, dataset: str, first: int | None = None):
         remedy = f"run: python make_pairs.py --dataset {dataset} --out {folder}"
         remedy += f" --num-pairs {first}" if first else ""
-        if not (folder / "meta.json").exists():
+        meta = read_json(folder / "meta.json") if (folder / "meta.json").exists() else {}
+        if "shard_size" not in meta:
             raise UserError(f"no pairs in {folder}; {remedy}")
-        self.folder, self.meta = folder, read_json(folder / "meta.json")
-        if self.meta.get("dataset") != dataset or "shard_size" not in self.meta:
-            made_for = self.meta.get("dataset")
+        made, made_for = meta["num_pairs"], meta["dataset"]
+        if made_for != dataset:
             raise UserError(f"{folder} holds pairs of {made_for}, not of {dataset}; {remedy}")
-        made, size = self.meta["num_pairs"], self.meta["shard_size"]
-        self.count = first or made
+        self.folder, self.meta, self.count = folder, meta, first or made
         if self.count > made:
             raise UserError(f"{folder} holds {made} pairs, but {first} are needed now; {remedy}")
-        files = shards(folder, self.meta)[: math.ceil(self.count / size)]
+        files = shards(folder, meta)[: math.ceil(self.count / meta["shard_size"])]
         missing = sum(not path.exists() for path, _ in files)
         if missing:
-            raise UserError(f"{missing} of {len(files)} shards miss in {folder}; {remedy}")
+            raise UserError(f"{missing} of {len(files)} shards are missing in {folder}; {remedy}")
         self.shards = [open_shard(path, len(indices)) for path, indices in files]
         self.prompts = [p for file in self.shards for p in read_metadata(file).get("prompts", [])]
 
@@ -131,7 +121,7 @@ class Pairs:
         if self.meta["teacher"]["sha256"] != teacher["sha256"]:
             raise UserError(
                 f"the pairs in {self.folder} were made with another teacher than "
-                f"{teacher['name']}: choose another --pairs folder, or that --teacher"
+                f"{teacher['name']}; choose another --pairs folder or that --teacher"
             )
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | list[str] | None]:
@@ -149,7 +139,7 @@ class Pairs:
 
 
 def open_shard(path: Path, count: int):
-    """A shard's file, to be read piece by piece, if it holds `count` pairs."""
+    """Open a shard to be read piece by piece, and check that it holds `count` pairs."""
     with one_line_errors(path):
         file = safe_open(str(path), framework="pt")
         found = {file.get_slice(name).get_shape()[0] for name in ("z", "y")}
@@ -159,9 +149,9 @@ def open_shard(path: Path, count: int):
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, or of a .gz of one, that are not blank.
+    """The lines of a UTF-8 text file (.gz: compressed), without blank ones.
 
-    Only a newline ends a line: Unicode's other line breaks may stand in a caption, as spaces.
+    Only a newline ends a line; Unicode's other line breaks in a caption become spaces.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     try:

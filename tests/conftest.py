@@ -1,13 +1,16 @@
-"""What several test files share: a tiny set of pairs and a way to run a script."""
+"""What several test files share: tiny pairs and runs, and ways to start a script."""
 
+import contextlib
+import csv
 import json
+import multiprocessing
 import os
 import runpy
 import signal
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ import make_pairs
 import train
 from edm_unet import EDMPrecond
 from plumbing import rundir
+from plumbing.drawing import draw_curves
 from plumbing.files import write_tensors
 from workloads import WORKLOADS, Workload, get_workload
 
@@ -24,6 +28,12 @@ ROOT = Path(__file__).parent.parent
 # One thread, so that two processes on one machine round alike.
 ONE_THREAD = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TINY = {"batch_size": 4, "batch_size_ref": 4, "device": "cpu"}
+
+# Curves take longer than a few steps do; `finished_run` and `run` draw them.
+rundir.draw_curves = lambda path, rows: None
+
+# What a new process would take seconds to import; the server that forks them does so once.
+SLOW_TO_IMPORT = ["pytest", "torch._dynamo", "torch.distributed.optim", "torchvision.utils"]
 
 
 def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
@@ -33,52 +43,75 @@ def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
 
 
-def run_on_two_ranks(*arguments, torchrun: bool = False) -> subprocess.CompletedProcess:
-    """`run` in two processes, with the outputs of both.
+def flags(options: dict) -> list[str]:
+    """The command line of these options."""
+    words = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
+    return words
 
-    Args:
-        torchrun: start them by torchrun, which takes as long as most trainings here, or by telling
-            them what torchrun would.
-    """
+
+def run_on_two_ranks(*arguments) -> subprocess.CompletedProcess:
+    """`run` in two processes, told what torchrun would tell them; with the outputs of both."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = str(one.getsockname()[1])
+    world = {**ONE_THREAD, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     script = [str(ROOT / arguments[0]), *map(str, arguments[1:])]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    if torchrun:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-        commands = {None: [sys.executable, *launcher, *script]}
-    else:
-        commands = {rank: [sys.executable, *script] for rank in "01"}
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            command, **pipes, cwd=ROOT,
-            env=ONE_THREAD | ({} if torchrun else {"RANK": rank, "LOCAL_RANK": rank, **address}),
+    with tempfile.TemporaryDirectory() as folder:
+        codes = in_forks(*((as_rank, rank, script, world, folder) for rank in "01"))
+        out, error = (
+            "".join(Path(folder, stream + rank).read_text() for rank in "01") for stream in "12"
         )
-        for rank, command in commands.items()
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    out, error = ("".join(texts) for texts in zip(*outputs, strict=True))
-    code = max(abs(process.returncode) for process in processes)
-    return subprocess.CompletedProcess(script, code, out, error)
+    return subprocess.CompletedProcess(script, max(map(abs, codes)), out, error)
 
 
-def start(script, options, until):
-    """Start a script with a Config's fields as options, and return once the file exists."""
-    line = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / script), *line], env=ONE_THREAD,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    while not until.exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    return process
+def as_rank(rank: str, script: list[str], world: dict[str, str], folder: str) -> None:
+    """In a fork: run a script, with its outputs 1 and 2 in files."""
+    os.environ.update(world, RANK=rank, LOCAL_RANK=rank)
+    for stream in "12":
+        os.dup2(os.open(Path(folder, stream + rank), os.O_CREAT | os.O_WRONLY), int(stream))
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    sys.argv = script
+    runpy.run_path(script[0], run_name="__main__")
+
+
+def kill_in_write(main, config: Workload, name: str, time: int = 1) -> None:
+    """main(config) in a fork, killed in the middle of writing this file for the n-th time."""
+    assert in_forks((half_write, main, config, name, time)) == [-signal.SIGKILL]
+
+
+def half_write(main, config: Workload, name: str, time: int) -> None:
+    """In the fork that is killed."""
+    original = os.replace
+
+    def replace(temporary, path):
+        nonlocal time
+        time -= path.name == name
+        if time == 0:
+            os.truncate(temporary, os.path.getsize(temporary) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(temporary, path)
+
+    os.replace = replace
+    torch.set_num_threads(1)
+    main(config)
+
+
+def in_forks(*calls: tuple) -> list[int]:
+    """Call functions, (function, *arguments) each, in a fork each -> the exit codes."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([*SLOW_TO_IMPORT, "make_pairs", "train", "evaluate"])
+    processes = [forks.Process(target=function, args=rest) for function, *rest in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()  # if it hangs
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 @pytest.fixture
@@ -111,14 +144,22 @@ def pairs_config(**flags) -> Workload:
     return get_workload(**fields | {"pairs": str(fields["pairs"])})
 
 
-def tiny_config(pairs, out, **options):
+def tiny_config(pairs, out, **options) -> Workload:
     """A short run with the embedded teacher and its pairs, or with `small`'s."""
     where = pairs if isinstance(pairs, dict) else {"pairs": str(pairs)}
     return get_workload(out=str(out), **where, **{**TINY, "warmup": 2, **options})
 
 
-def files(folder):
+def files(folder: Path) -> dict[str, bytes]:
+    """The contents of a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def scalars(folder: Path) -> list[list[float]]:
+    """The logged losses and norms, a row per step from the first on."""
+    rows = list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    return [[float(row[name]) for name in rundir.SCALARS] for row in rows]
 
 
 @pytest.fixture(autouse=True)
@@ -130,19 +171,20 @@ def keep_signal_handlers():
         signal.signal(number, handler)
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """Matplotlib takes longer than a few steps do; what subprocesses and fixtures run draws."""
-    monkeypatch.setattr(rundir, "draw_curves", lambda path, rows: None)
-
-
-@pytest.fixture
-def one_thread():
-    """What runs in this process rounds as a process with ONE_THREAD does."""
+@contextlib.contextmanager
+def on_one_thread():
+    """What runs in this process rounds as in a process with ONE_THREAD."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """on_one_thread, for the tests of a file."""
+    with on_one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -154,10 +196,12 @@ def pairs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_run(pairs, tmp_path_factory):
-    """Two steps on the tiny pairs."""
+def finished_run(pairs, tmp_path_factory) -> Path:
+    """The folder of a run of two steps on the tiny pairs."""
     out = tmp_path_factory.mktemp("runs") / "mnist"
-    train.main(tiny_config(pairs, out, steps=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rundir, "draw_curves", draw_curves)
+        train.main(tiny_config(pairs, out, steps=2))
     return out
 
 
@@ -176,11 +220,12 @@ def small_network() -> EDMPrecond:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> dict[str, str]:
-    """Options of train.py: a small teacher and 20 of its pairs, for what must be quick."""
+    """Options of train.py: a small teacher and 20 of its pairs, for tests that must be quick."""
     folder, net = tmp_path_factory.mktemp("small"), small_network()
     options = {"teacher": str(folder / "teacher.safetensors"), "pairs": str(folder / "pairs")}
     about = {"kwargs": json.dumps(net.kwargs), "dataset": "mnist"}
     write_tensors(Path(options["teacher"]), net.state_dict(), about)
     how = {"num_pairs": 20, "steps": 3, "shard_size": 8, "device": "cpu"}
-    make_pairs.main(pairs_config(**how, out=options["pairs"], teacher=options["teacher"]))
+    with on_one_thread():
+        make_pairs.main(pairs_config(**how, out=options["pairs"], teacher=options["teacher"]))
     return options

@@ -276,7 +276,7 @@ def test_a_teacher_needs_no_generator(cifar, reference, fast, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"rows": ("pupil",)}, "--rows is one of untrained, teacher, student; there is no 'pupil'"),
+        ({"rows": ("pupil",)}, "--rows must be one of untrained, teacher, student, not 'pupil'"),
         ({"steps": 0}, "--steps must be at least 1, not 0"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"samples": 1}, "--samples must be at least 2, not 1"),

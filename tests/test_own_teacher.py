@@ -40,7 +40,7 @@ def test_through_every_script(resolution, classes, tmp_path, monkeypatch, random
     teacher = own_network(tmp_path / "mine.safetensors", resolution, classes)
     how = {"dataset": "edm", "teacher": teacher, "device": "cpu"}
     make_pairs.main(pairs_config(num_pairs=6, steps=2, shard_size=4, out="pairs", **how))
-    assert "edm: what is not given is as in cifar10" in capsys.readouterr().out
+    assert "edm: options that are not given are cifar10's" in capsys.readouterr().out
     y = read_tensors(tmp_path / "pairs/shard_00000.safetensors")[0]
     assert y["y"].shape == (4, 3, resolution, resolution) and ("cond" in y) == bool(classes)
     config = tiny_config({"pairs": "pairs"}, "runs/mine", **how, distance="l2", steps=2)
@@ -90,7 +90,7 @@ def test_mistakes(tmp_path, run_here, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fails_in_one_line(run_here("make_pairs.py", "--dataset", "edm"), "--teacher FILE")
     nowhere = run_here("make_pairs.py", "--dataset", "edm", "--teacher", "mine.pkl")
-    fails_in_one_line(nowhere, "mine.pkl is no file here")
+    fails_in_one_line(nowhere, "mine.pkl is not a file")
     torch.save({"weight": torch.ones(3)}, "bare.pt")
     bare = run_here("make_pairs.py", "--dataset", "edm", "--teacher", "bare.pt")
     fails_in_one_line(bare, "does not say which network it is of")

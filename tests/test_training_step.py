@@ -1,13 +1,15 @@
-"""Algorithm 1's loop body against gradients written out by hand, term by term."""
+"""The loop body of Algorithm 1 against gradients that are written out by hand."""
 
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import pairs_config, small_network
 
+import dmd_loss
 import make_pairs
 import train
 from plumbing.devices import Ranks
@@ -23,7 +25,7 @@ LAMBDA_REG = 0.3  # in this step
 
 @pytest.fixture(scope="module")
 def teacher():
-    """A small network of random weights."""
+    """A small network with random weights."""
     return EDMTeacher(small_network(), {"name": "small", "sha256": "0"})
 
 
@@ -38,7 +40,7 @@ def tiny_pairs(teacher, tmp_path_factory):
 
 
 def prepare(teacher, tiny_pairs, tmp_path, monkeypatch, **options):
-    """A Run with a mu_fake of its own, and a list that gets the gradient of each Learner's step."""
+    """A Run whose mu_fake differs from G, and a list that collects the gradient of each step."""
     monkeypatch.setattr(train, "load_teacher", lambda _: teacher)
     rates = {"learning_rate": 4e-4, "fake_lr_ratio": 4.0, "warmup": 52}
     phases = ((STEP, {}), (10**6, {"lambda_reg": LAMBDA_REG}))  # as Table 5 has them
@@ -60,23 +62,23 @@ def prepare(teacher, tiny_pairs, tmp_path, monkeypatch, **options):
     return run, gradients
 
 
-def by_hand(run, weighting_of_kl, lambda_reg, kl_on_pairs=False, over_snr=4):
+def by_hand(run, weighting=lambda sigma, error: 1 / error, over_snr=4):
     """The two gradients of step STEP, from the paper's formulas and autograd, and its losses."""
-    b = train.draw_batch(run, STEP, range(4), range(2))
+    b, config = train.draw_batch(run, STEP, range(4), range(2)), run.config.at(STEP)
     G, mu_fake, mu_real = run.G.network, run.mu_fake.network, run.teacher.mu_real
     x_all = mu_real.sigma[-1] * torch.cat([b.z, b.z_ref])
     x_all = G.mu.net(x_all, 80.0, b.cond)
     x, x_ref, cond = x_all[:4], x_all[4:], b.cond[:4]
-    if kl_on_pairs:
+    if config.kl_on_pairs:
         x, cond = x_all, b.cond
     with torch.no_grad():
         sigma = mu_real.sigma[b.t].reshape(-1, 1, 1, 1)
         x_t = x + sigma * b.noise
         p_fake, p_real = mu_fake.net(x_t, sigma, cond), mu_real.net(x_t, sigma, cond)
         error = (x - p_real).flatten(1).abs().mean(1).reshape(-1, 1, 1, 1)
-        gradient = weighting_of_kl(sigma, error) * (p_fake - p_real)
+        gradient = weighting(sigma, error) * (p_fake - p_real)
     loss_reg = ((x_ref - b.y_ref) ** 2).mean()
-    loss_G = (x * gradient).mean() + lambda_reg * loss_reg
+    loss_G = config.lambda_dm * (x * gradient).mean() + LAMBDA_REG * loss_reg
     of_G = torch.autograd.grad(loss_G, list(G.parameters()))
 
     sigma = mu_real.sigma[b.t_fake].reshape(-1, 1, 1, 1)
@@ -94,34 +96,52 @@ def agree(found, expected):
     assert (found - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("kl_on_pairs", [False, True])
-def test_the_gradients_of_a_step(
-    teacher, tiny_pairs, tmp_path, monkeypatch, accumulate, kl_on_pairs
-):
-    """Eq. 7 with Eq. 8, Eq. 9 with the weight of this step, then Eq. 6; with Algorithm 1's line 4,
-    and in parts."""
-    run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, accumulate=accumulate)
-    run.config = replace(run.config, kl_on_pairs=kl_on_pairs)
-    expected, losses = by_hand(run, lambda sigma, error: 1 / error, LAMBDA_REG, kl_on_pairs)
-    before = [p.clone() for p in run.G.network.parameters()]
+CASES = {  # name -> what differs: the options, and the arguments of by_hand
+    "eq8": ({}, {}),
+    "eq8, in parts": ({"accumulate": 2}, {}),
+    "line 4": ({"kl_on_pairs": True}, {}),
+    "line 4, in parts": ({"kl_on_pairs": True, "accumulate": 2}, {}),
+    # Table 2's: the gradient is (alpha / sigma) or alpha sigma times p_fake - p_real.
+    "dreamfusion": ({"weighting": "dreamfusion"}, {"weighting": lambda sigma, error: 1 / sigma}),
+    "prolificdreamer": ({"weighting": "prolificdreamer"}, {"weighting": lambda s, error: s}),
+    # The losses that are reported do not contain the weight.
+    "lambda_dm": ({"lambda_dm": 3.0, "max_dm_step": 100}, {}),
+    # A teacher that predicts the noise: the weight of the denoising loss is the SNR alone.
+    "noise prediction": ({}, {"over_snr": 0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradients_of_a_step(teacher, tiny_pairs, tmp_path, monkeypatch, case):
+    """Eq. 7, Eq. 9 with the weight of this step, and Eq. 6."""
+    options, how = CASES[case]
+    monkeypatch.setattr(teacher, "sigma_data", None if "over_snr" in how else 0.5)
+    run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, **options)
+    expected, losses = by_hand(run, **how)
     scalars = train.training_step(run, STEP)
     for found, of_this in zip(gradients, expected, strict=True):
         agree(found, of_this)
-    torch.testing.assert_close(torch.stack(scalars[:3]), losses, rtol=1e-3, atol=0)
     norms = [torch.cat([g.flatten() for g in side]).norm() for side in expected]
-    torch.testing.assert_close(torch.stack(scalars[3:]), torch.stack(norms), rtol=1e-3, atol=0)
+    expected = torch.cat([losses, torch.stack(norms)])
+    torch.testing.assert_close(torch.stack(scalars), expected, rtol=1e-3, atol=0)
+    if case == "lambda_dm":
+        levels = torch.cat([train.draw_batch(run, k, range(4), []).t for k in range(50)])
+        assert levels.min() >= 20 and 80 < levels.max() < 100
 
-    # AdamW's first step is the learning rate's size: half of what it is after the warm-up.
+
+def test_what_a_step_does_to_the_weights(teacher, tiny_pairs, tmp_path, monkeypatch):
+    """AdamW's first step is as large as the learning rate, half of what follows the warm-up."""
+    run, _ = prepare(teacher, tiny_pairs, tmp_path, monkeypatch)
+    before = [p.clone() for p in run.G.network.parameters()]
+    train.training_step(run, STEP)
     rate = 2e-4
     for learner, ratio in ((run.G, 1), (run.mu_fake, 4)):
         (group,) = learner.optimizer.param_groups
         assert group["lr"] == pytest.approx(ratio * rate)
-        assert (group["weight_decay"], group["betas"]) == (0.01, (0, 0.999))
     moved = [(p - q).abs().max() for p, q in zip(run.G.network.parameters(), before, strict=True)]
     assert 0.5 * rate < max(moved) < 1.5 * rate
-    # The average has gone 1 - (25/26)^4 of the way, what is clipped is what AdamW saw.
-    assert run.mu_fake.average is run.mu_fake.network  # G's alone is averaged
+    # Only G has an average, which has gone 1 - (25/26)^4 of the way.
+    assert run.mu_fake.average is run.mu_fake.network
     old, new, mean = (
         torch.cat([p.detach().flatten().double() for p in parameters])
         for parameters in (before, run.G.network.parameters(), run.G.average.parameters())
@@ -132,14 +152,14 @@ def test_the_gradients_of_a_step(
 
 @pytest.mark.parametrize("end", [None, 1000])
 def test_the_learning_rate_warms_up(end):
-    """A quarter of the way after the first of four steps, whatever follows."""
+    """It is a quarter of the peak in the first of four steps, whatever follows."""
     rates = [learning_rate(k, 8.0, 4, end) for k in range(5)]
     assert rates == pytest.approx([2, 4, 6, 8, 8])
     assert learning_rate(0, 8.0, 0) == 8
 
 
 def test_the_gradient_is_clipped(teacher, tiny_pairs, tmp_path, monkeypatch):
-    """To grad_clip's norm, each network's by itself: a fifth of it is AdamW's first moment."""
+    """Each network by itself, to the norm grad_clip, of which AdamW's first moment is a fifth."""
     options = {"grad_clip": 0.03, "beta1": 0.8, "beta2": 0.99, "weight_decay": 0.02}
     run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, **options)
     train.training_step(run, STEP)
@@ -154,52 +174,18 @@ def test_the_gradient_is_clipped(teacher, tiny_pairs, tmp_path, monkeypatch):
 
 
 def test_each_network_has_a_loss_scale_of_its_own(teacher, tiny_pairs, tmp_path, monkeypatch):
-    """Under fp16. The norms are those of the gradients, not of the scaled ones."""
+    """With fp16. The reported norms are those of the unscaled gradients."""
     run, _ = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, amp="fp16")
     assert run.G.scaler.is_enabled() and run.mu_fake.scaler.is_enabled()
     run.G.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    expected, _ = by_hand(run, lambda sigma, error: 1 / error, LAMBDA_REG)
+    expected, _ = by_hand(run)
     norms = torch.stack(train.training_step(run, STEP)[3:])
     whole = [torch.cat([g.flatten() for g in side]).norm() for side in expected]
     torch.testing.assert_close(norms, torch.stack(whole), rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("weighting", "of_kl"),
-    [("dreamfusion", lambda sigma, error: 1 / sigma), ("prolificdreamer", lambda s, e: s)],
-)
-def test_the_weighting_of_a_step(teacher, tiny_pairs, tmp_path, monkeypatch, weighting, of_kl):
-    """Table 2's: the gradient is (alpha / sigma) or alpha sigma times p_fake - p_real."""
-    run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, weighting=weighting)
-    (expected, _), _ = by_hand(run, of_kl, LAMBDA_REG)
-    train.training_step(run, STEP)
-    agree(gradients[0], expected)
-
-
-def test_the_weight_of_the_kl_gradient(teacher, tiny_pairs, tmp_path, monkeypatch):
-    """--lambda-dm, and --max-dm-step, which no noise level exceeds."""
-    options = {"lambda_dm": 3.0, "max_dm_step": 100}
-    run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, **options)
-    (expected, _), losses = by_hand(run, lambda sigma, error: 3 / error, LAMBDA_REG)
-    scalars = train.training_step(run, STEP)
-    # What is reported is without that weight.
-    assert scalars[0] == pytest.approx(losses[0].item() / 9, rel=1e-3)
-    agree(gradients[0], expected)
-    levels = torch.cat([train.draw_batch(run, k, range(4), []).t for k in range(50)])
-    assert levels.min() >= 20 and 80 < levels.max() < 100
-
-
-def test_the_weight_of_the_denoising_loss(teacher, tiny_pairs, tmp_path, monkeypatch):
-    """It is the teacher's: SNR alone, where that predicts the noise."""
-    monkeypatch.setattr(teacher, "sigma_data", None)
-    run, gradients = prepare(teacher, tiny_pairs, tmp_path, monkeypatch)
-    (_, expected), _ = by_hand(run, lambda sigma, error: 1 / error, LAMBDA_REG, over_snr=0)
-    train.training_step(run, STEP)
-    agree(gradients[1], expected)
-
-
 def test_half_precision_is_of_the_networks_alone(teacher, tiny_pairs, tmp_path, monkeypatch):
-    """All of them, and no distance."""
+    """All of them run in it, but LPIPS leaves it."""
     run, _ = prepare(teacher, tiny_pairs, tmp_path, monkeypatch, amp="bf16")
     seen = []
 
@@ -213,19 +199,20 @@ def test_half_precision_is_of_the_networks_alone(teacher, tiny_pairs, tmp_path, 
     run.teacher = copy(teacher)
     run.teacher.mu_real = teacher.student()
     run.teacher.decode = note("decode", teacher.decode)
-    run.distance = note("distance", run.distance)
+    lpips = note("lpips", lambda x, y: (x - y).square().mean((1, 2, 3)))
+    run.distance = partial(dmd_loss.lpips_distance, lpips)
     networks = (run.G.network, run.mu_fake.network, run.teacher.mu_real)
     for name, network in zip(("G", "mu_fake", "mu_real"), networks, strict=True):
         network.forward = note(name, network.forward)
     train.training_step(run, STEP)
     assert seen == [
         ("G", True), ("mu_real", True), ("mu_fake", True),
-        ("decode", True), ("decode", True), ("distance", False), ("mu_fake", True),
+        ("decode", True), ("decode", True), ("lpips", False), ("mu_fake", True),
     ]  # fmt: skip
 
 
 class TextPairs:
-    """Seven pairs, of which all says the number: z = k, y = -k, the prompt is k."""
+    """Seven pairs that say their number: z = k, y = -k, and the prompt is k."""
 
     prompts = list("0123456")
 
@@ -238,7 +225,7 @@ class TextPairs:
 
 
 def draw(step=3, rows=range(2000), rows_ref=range(2000), **options):
-    """A part of a batch with prompts and Algorithm 1's line 4. The text states are the number."""
+    """Part of a batch with prompts and line 4 of Algorithm 1. The text states are the number."""
     config = get_workload("sd15", batch_size=2000, batch_size_ref=2000, **options)
     teacher = SimpleNamespace(
         num_classes=0,
@@ -250,7 +237,7 @@ def draw(step=3, rows=range(2000), rows_ref=range(2000), **options):
 
 
 def test_what_a_part_with_prompts_draws():
-    """Pairs come with their own noise and prompt; all else is independent, between the unpaired
+    """Pairs have their own noise and prompt. Everything else is independent, between the unpaired
     and the paired half as well as within a row."""
     b = draw()
     for values in (b.z_ref, -b.y_ref):
@@ -267,8 +254,8 @@ def test_what_a_part_with_prompts_draws():
     assert correlation.abs().max() < 0.12  # 5 standard errors
 
 
-def test_the_seed_the_step_and_the_row_tell_what_is_drawn():
-    """They do so together, and nothing else does."""
+def test_seed_step_and_row_decide_what_is_drawn():
+    """Nothing else does."""
     whole, rows, rows_ref = draw(), [7, 1900, 3], [1999, 0]
     both = [*rows, *(2000 + row for row in rows_ref)]
     part = draw(rows=rows, rows_ref=rows_ref)._asdict()
@@ -283,7 +270,7 @@ def test_the_seed_the_step_and_the_row_tell_what_is_drawn():
 
 
 def test_what_a_part_draws(teacher, tiny_pairs, tmp_path, monkeypatch):
-    """Pairs come with their own noise and class; the unpaired classes are uniform."""
+    """Pairs have their own noise and class; the unpaired classes are uniform."""
     run, _ = prepare(teacher, tiny_pairs, tmp_path, monkeypatch)
     batch = train.draw_batch(run, 3, range(2000), range(50))
     pairs = Pairs(tiny_pairs, "mnist")
@@ -294,11 +281,6 @@ def test_what_a_part_draws(teacher, tiny_pairs, tmp_path, monkeypatch):
     assert len({tuple(row.flatten()[:3].tolist()) for row in batch.z_ref}) == 7
     counts = torch.bincount(batch.cond[:2000], minlength=10)
     assert len(counts) == 10 and counts.min() > 140 and counts.max() < 260
-    # Classes, noise levels and noises know nothing of each other.
-    drawn = [batch.cond[:2000], batch.t, batch.t_fake]
-    drawn += [noise[:, 0, 5, 5] for noise in (batch.z, batch.noise, batch.noise_fake)]
-    correlation = torch.corrcoef(torch.stack([values.double() for values in drawn]))
-    assert (correlation - torch.eye(6)).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
@@ -311,7 +293,7 @@ def test_float32_is_tf32_only_beside_half_precision(
 
 
 def test_one_guidance_scale_for_both_losses(teacher, tmp_path, monkeypatch):
-    """Section 3.4: mu_real is guided as the pairs were, whatever the workload's own scale."""
+    """Section 3.4: mu_real is guided as the pairs were, whatever the scale of the workload."""
 
     def load_teacher(config):
         loaded = copy(teacher)

@@ -1,0 +1,90 @@
+"""The whole paper on one screen: a teacher, its pairs, Algorithm 1, and a one-step generator.
+
+`python minimal.py` distils the MNIST teacher in N minutes on 2 CPU cores, or on a GPU if there is
+one, and writes minimal.png. Its digits (three seeds): FD N to N, accuracy N %, diversity N.
+"""
+
+import copy
+
+import torch
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from dmd_loss import (
+    OneStepGenerator,
+    all_noise_levels,
+    denoising_loss,
+    distribution_matching_loss,
+    dm_noise_levels,
+    l2_distance,
+    regression_loss,
+)
+from edm_unet import EDMDenoiser, heun_sample
+from plumbing.edm_files import load_edm
+
+# Change a constant and see what happens. With TEACHER = "edm-cifar10-32x32-cond-vp.pkl", one of
+# EDM's released files, LEARNING_RATE = 5e-5 and STEPS = 300_000, it distils that network instead.
+TEACHER = "assets/mnist_teacher.safetensors"
+NUM_PAIRS = 1000
+STEPS = 1000  # training steps
+B, R = 16, 4  # unpaired and paired samples per step
+LEARNING_RATE = 6e-4  # of G; five times as much for mu_fake, which has to keep up with G
+LAMBDA_REG = 0.5  # weight of the regression loss
+T_MAX = 600  # the paper's 980 spends steps on noise in which no digit can be seen
+SEED = 0
+
+torch.manual_seed(SEED)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+# Algorithm 1, line 1: G and mu_fake start as copies of the teacher, in eval mode: no dropout.
+mu_real = EDMDenoiser(load_edm(TEACHER)).eval().to(device)
+G = OneStepGenerator(copy.deepcopy(mu_real)).eval().requires_grad_(True)
+mu_fake = copy.deepcopy(mu_real).requires_grad_(True)
+average = copy.deepcopy(G).requires_grad_(False)  # of G's weights
+adam_G = torch.optim.AdamW(G.parameters(), LEARNING_RATE, betas=(0.0, 0.999))
+adam_fake = torch.optim.AdamW(mu_fake.parameters(), 5 * LEARNING_RATE, betas=(0.0, 0.999))
+
+# Section 3.3: pairs of noise z and the teacher's ODE solution y for it.
+shape, classes = mu_real.net.image_shape, mu_real.net.label_dim
+pairs_z = torch.randn(NUM_PAIRS, *shape, device=device)
+pairs_cond = torch.arange(NUM_PAIRS, device=device) % classes
+batches = zip(tqdm(pairs_z.split(100), "pairs"), pairs_cond.split(100), strict=True)
+pairs_y = torch.cat([heun_sample(mu_real.net, z, cond, steps=18) for z, cond in batches])
+
+for step in tqdm(range(STEPS), "train"):
+    # 1. Sample z ~ N(0, I) with its condition, and pairs (z_ref, y_ref) ~ D.
+    z, noise, noise_fake = torch.randn(3, B, *shape, device=device)
+    u, u_fake = torch.rand(2, B, device=device)
+    t, t_fake = dm_noise_levels(u, T_MAX), all_noise_levels(u_fake)
+    cond, k = torch.randint(classes, (B,)).to(device), torch.randint(NUM_PAIRS, (R,)).to(device)
+    z_ref, y_ref, cond_ref = pairs_z[k], pairs_y[k], pairs_cond[k]
+
+    with autocast:
+        # 2. Generate x = G(z) and x_ref = G(z_ref) in one call.
+        x, x_ref = G(torch.cat([z, z_ref]), torch.cat([cond, cond_ref])).split([B, R])
+
+        # 3. Distribution-matching gradient (Eq. 7) and regression (Eq. 9); step G.
+        loss_kl = distribution_matching_loss(mu_real, mu_fake, x, cond, t=t, noise=noise)
+        loss_reg = regression_loss(x_ref, y_ref, l2_distance)
+    (loss_kl + LAMBDA_REG * loss_reg).backward()
+    torch.nn.utils.clip_grad_norm_(G.parameters(), 10)
+    adam_G.step()
+    adam_G.zero_grad()
+    for mean, weight in zip(average.parameters(), G.parameters(), strict=True):
+        mean.lerp_(weight.detach(), 1 - (1 - 1 / (step + 1)) ** 4)  # over the last quarter
+
+    # 4. Denoise the generated samples (Eq. 6): the same x, detached.
+    with autocast:
+        loss_fake = denoising_loss(mu_fake, x.detach(), cond, t=t_fake, noise=noise_fake)
+
+    # 5. Step mu_fake.
+    loss_fake.backward()
+    torch.nn.utils.clip_grad_norm_(mu_fake.parameters(), 10)
+    adam_fake.step()
+    adam_fake.zero_grad()
+
+with torch.no_grad():  # rows: the teacher's solutions, G of the same noise, G of fresh noise
+    z, y, cond = pairs_z[:20], pairs_y[:20], pairs_cond[:20]
+    rows = torch.cat([y, average(z, cond), average(torch.randn_like(z), cond)])
+save_image(rows, "minimal.png", nrow=20, normalize=True, value_range=(-1, 1))
