@@ -598,8 +598,10 @@ class StableDiffusion:
 NETWORKS = {"unet": UNet, "text_encoder": TextEncoder, "vae": VAEDecoder, "tiny_vae": TinyDecoder}
 
 
-def load_sd(source: str | Path, parts: Sequence[str] = tuple(NETWORKS)) -> StableDiffusion:
-    """Load `parts`, any of "unet", "text_encoder" (with the tokenizer), "vae" and "tiny_vae".
+def load_sd(
+    source: str | Path, parts: Sequence[str] = ("unet", "text_encoder", "vae")
+) -> StableDiffusion:
+    """Load parts: "unet", "text_encoder" (with the tokenizer), "vae" and "tiny_vae".
 
     `source` is a folder in the diffusers layout, or a repository of the Hugging Face Hub, of which
     only the files needed are downloaded. All networks are in eval mode, all but the UNet frozen.

@@ -428,7 +428,7 @@ def test_without_memory_a_checkpoint_is_not_called_damaged(finished_run, pairs, 
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(torch, "load", full)
-    with pytest.raises(UserError, match="cannot be loaded now .* left as it is"):
+    with pytest.raises(UserError, match=r"cannot be loaded now .* left as it is"):
         train.main(tiny_config(pairs, finished_run, steps=2))
 
 
