@@ -10,9 +10,9 @@ Read it bottom up beside Karras et al. 2022 (arXiv 2206.00364, "EDM"):
         ADM       of Dhariwal and Nichol 2021 (arXiv 2105.05233, section 3): ImageNet-64
     UNetBlock     the residual block that they are made of
 
-Parameter names are those of EDM's released files (`model.enc.32x32_block0.conv0.weight`, ...): they
-load strictly. Two things in them have no counterpart here: the augmentation embedding, which
-sampling never uses, and the constant 2x2 box filters, here an average pool and a pixel repetition.
+Parameters have EDM's names (`model.enc.32x32_block0.conv0.weight`, ...), so its files load strictly.
+Two things in them have no counterpart here: the augmentation embedding, which sampling never uses,
+and the constant 2x2 box filters, which are an average pool and a pixel repetition here.
 """
 
 import math
@@ -55,13 +55,13 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 class Style(NamedTuple):
     """Where the two architectures differ."""
 
-    ddpmpp: bool  # the embedding and the names are DDPM++'s, or ADM's; see UNet
+    ddpmpp: bool  # DDPM++'s embedding and parameter names; else ADM's, see UNet
     eps: float  # of the group norms
-    adaptive_scale: bool  # the embedding scales and shifts the normalised features; or is added
-    skip_scale: float  # after each residual sum; sqrt(1/2) keeps the variance
-    resample_skip_conv: bool  # a resampling block's skip path has a 1x1 convolution in any case
-    head_channels: int  # of the attention; 0: a single head
-    attends_always: bool  # every decoder block at attn_resolutions; or the last of each
+    adaptive_scale: bool  # the embedding scales and shifts the features; else it is added to them
+    skip_scale: float  # factor after each residual sum; sqrt(1/2) keeps the variance
+    resample_skip_conv: bool  # every resampling block has a 1x1 convolution in its skip path
+    head_channels: int  # channels per attention head; 0: a single head
+    attends_always: bool  # every decoder block at attn_resolutions attends; else only the last
 
 
 DDPMPP = Style(True, 1e-6, False, math.sqrt(0.5), True, head_channels=0, attends_always=False)
@@ -106,15 +106,15 @@ class UNetBlock(nn.Module):
 
     def _attention(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        # The channels of qkv count (head, channel, q/k/v), q/k/v fastest.
+        # The channels of qkv are ordered (head, channel, q/k/v); q/k/v varies fastest.
         qkv = self.qkv(self.norm2(x)).reshape(b, self.num_heads, c // self.num_heads, 3, h * w)
-        # Every fused kernel wants consecutive channels; without one, HW x HW matrices are kept.
+        # Fused kernels need consecutive channels; the fallback stores HW x HW matrices.
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # 3 x (B, heads, HW, C/heads)
         a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C/heads)
         return self.proj(a.transpose(2, 3).reshape(b, c, h, w))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (B, c_in, H, W), emb (B, c_emb) -> (B, c_out, H', W'), H' by the resampling."""
+        """x (B, c_in, H, W), emb (B, c_emb) -> (B, c_out, H', W'), resampled."""
         h = self.conv0(self._resample(F.silu(self.norm0(x))))
         embedded = self.affine(emb)[:, :, None, None]
         if self.style.adaptive_scale:
@@ -139,7 +139,7 @@ def build_unet(
         enc:  {R}x{R}_conv,  then per level   [{r}x{r}_down]  {r}x{r}_block0 .. block{n-1}
         dec:  {r}x{r}_in0 _in1 at the lowest, {r}x{r}_up at every other, then  block0 .. block{n}
 
-    Every decoder `block` takes one encoder output (from the last to the first) beside its input.
+    Every decoder `block` also takes one encoder output, from the last to the first.
     """
     block = partial(UNetBlock, style, **how)
     enc, dec = nn.ModuleDict({f"{R}x{R}_conv": stem}), nn.ModuleDict()
@@ -193,7 +193,7 @@ class UNet(nn.Module):
         attn_resolutions: resolutions with self-attention.
         channel_mult_emb, channel_mult_noise: widths of the embedding and of the noise encoding.
         dropout: rate during training of the denoiser; DMD runs every network in eval mode.
-        **variant: recorded in EDM's files, and must be as in VARIANT.
+        **variant: other arguments that EDM's files record; each must be as in VARIANT.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class UNet(nn.Module):
             )
         self.ddpmpp, self.label_dim = style.ddpmpp, label_dim
         self.width, c_emb = model_channels * channel_mult_noise, model_channels * channel_mult_emb
-        if style.ddpmpp:  # (EDM's order of the parameters)
+        if style.ddpmpp:  # EDM's order of the parameters
             self.map_label = nn.Linear(label_dim, self.width) if label_dim else None
         self.map_layer0 = nn.Linear(self.width, c_emb)
         self.map_layer1 = nn.Linear(c_emb, c_emb)
@@ -242,7 +242,7 @@ class UNet(nn.Module):
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
         """c_noise (B,), class_labels (B, label_dim) or None -> (B, c_emb). DDPM++ adds the class
-        to the encoded noise level, ADM to what two layers make of that."""
+        to the encoded noise level before the two layers, ADM after them."""
         emb = positional_embedding(c_noise, self.width, self.ddpmpp)
         if self.ddpmpp and self.label_dim:
             emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
@@ -266,7 +266,7 @@ class UNet(nn.Module):
         return conv(F.silu(norm(x)))
 
 
-# By the names that EDM's files have for them, with the values that these may leave out.
+# The networks by their names in EDM's files, with defaults for arguments that these may omit.
 NETWORKS = {
     "SongUNet": (DDPMPP, dict(
         model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16],
@@ -276,12 +276,12 @@ NETWORKS = {
     )),
 }  # fmt: skip
 
-# What else EDM's files record of a network: this must be so ...
+# Other arguments in EDM's files. These must have these values ...
 VARIANT = dict(
     embedding_type="positional", encoder_type="standard", decoder_type="standard",
     resample_filter=[1, 1],
 )  # fmt: skip
-# ... and this does not matter: precision is the caller's choice (torch.autocast), any sigma > 0 is
+# ... and these do not matter: precision is the caller's choice (torch.autocast), any sigma > 0 is
 # accepted, and sampling neither augments nor drops labels.
 IGNORED = ("use_fp16", "sigma_min", "sigma_max", "augment_dim", "label_dropout")
 
@@ -291,8 +291,8 @@ IGNORED = ("use_fp16", "sigma_min", "sigma_max", "augment_dim", "label_dropout")
 
 
 def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """EDM Table 1, column "Ours": c_skip, c_out, 1 / c_in (to divide by: that rounds once instead
-    of twice) and c_noise, all in sigma's shape."""
+    """EDM Table 1, column "Ours": c_skip, c_out, 1 / c_in and c_noise, all in sigma's shape.
+    (Dividing by 1 / c_in rounds once; computing c_in and multiplying by it would round twice.)"""
     norm = (sigma**2 + sigma_data**2).sqrt()
     return (sigma_data / norm) ** 2, sigma * sigma_data / norm, norm, sigma.log() / 4
 
@@ -320,11 +320,11 @@ class EDMPrecond(nn.Module):
         if model_type not in NETWORKS:
             raise ValueError(f"unknown model_type {model_type!r}; known: {', '.join(NETWORKS)}")
         if not isinstance(sigma_data, int | float) or not 0 < sigma_data < math.inf:
-            raise ValueError(f"sigma_data is {sigma_data!r} instead of a number above 0")
+            raise ValueError(f"sigma_data must be a number above 0, not {sigma_data!r}")
         self.image_shape = (img_channels, img_resolution, img_resolution)
         self.label_dim, self.sigma_data = label_dim, sigma_data
         network = {name: value for name, value in network.items() if name not in IGNORED}
-        self.kwargs = dict(  # to build this network again; goes into every file we write
+        self.kwargs = dict(  # rebuilds this network; stored in every file we write
             img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
             model_type=model_type, sigma_data=sigma_data, **network,
         )  # fmt: skip
@@ -345,9 +345,9 @@ class EDMPrecond(nn.Module):
         """Estimate the clean images, (B, C, R, R) float32.
 
         Args:
-            x: noisy images (B, C, R, R), i.e. clean images in [-1, 1] plus sigma * N(0, I).
-            sigma: noise level, a number or (B,) or (B, 1, 1, 1), > 0.
-            class_labels: (B,) long, (B, label_dim) one-hot float, or None.
+            x: noisy images (B, C, R, R): clean images in [-1, 1] plus sigma * N(0, I).
+            sigma: noise level > 0: a number, (B,) or (B, 1, 1, 1).
+            class_labels: (B,) long, (B, label_dim) one-hot, or None.
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
@@ -375,7 +375,7 @@ def heun_sample(net, z: Tensor, class_labels: Tensor | None = None, steps: int =
 
     Args:
         net: D(x; sigma, class_labels), e.g. EDMPrecond, or any closed form.
-        z: unit-variance noise (B, C, R, R); the start is 80 z, `steps` levels lead to 0.002 and 0.
+        z: unit-variance noise (B, C, R, R). Starts at 80 z; `steps` levels lead to 0.002, then 0.
 
     Returns:
         y, the ODE's solution (B, C, R, R) in float32; the state is kept in float64.

@@ -1,9 +1,9 @@
-"""Train the classifier that judges digits, and take the test images' statistics.
+"""Train the classifier that judges digits, and compute the test images' statistics.
 
     python assets/train_classifier.py            a few minutes on 2 CPU cores
 
-It replaces the two files in assets/; figures of evaluate.py before and after do not compare. MNIST
-(12 MB) comes through torchvision. The last line it prints:
+It replaces the two files in assets/. Figures of evaluate.py from before and after cannot be
+compared. torchvision downloads MNIST (12 MB). The last line it prints:
 
     wrote mnist_classifier.safetensors and mnist_statistics.safetensors to assets: test accuracy ...
 """
@@ -36,7 +36,7 @@ from plumbing.pairs import generator
 
 @dataclass
 class Config(Options):
-    """Where from, where to, and how long."""
+    """The data, the output folder and the training."""
 
     data: str = option("data", "folder of the MNIST files (downloaded by torchvision if missing)")
     out: str = option(str(ASSETS), "folder of the two files")

@@ -4,15 +4,15 @@
 
 In the paper the teacher is given (a released diffusion model). This script makes one that is small
 enough for a laptop: a class-conditional DDPM++ of 0.64 M parameters on 28x28 digits, trained as in
-Karras et al. 2022 (arXiv 2206.00364): log-normal noise levels, weight lambda(sigma), and a moving
-average of the weights, which is what is kept.
+Karras et al. 2022 (arXiv 2206.00364) with log-normal noise levels and the weight lambda(sigma).
+The result is a moving average of the weights.
 
-Device: CPU (about an hour on 2 cores) or a GPU. MNIST (12 MB) comes through
-torchvision. Interrupt it at any time; the same command goes on. The last line it prints:
+Device: CPU (about an hour on 2 cores) or a GPU. torchvision downloads MNIST (12 MB). Interrupt it
+at any time; the same command resumes. The last line it prints:
 
     wrote runs/mnist-teacher/teacher.safetensors (loss 0.2711)
 
-That file is assets/mnist_teacher.safetensors, and the run's log.csv is beside it.
+That file is assets/mnist_teacher.safetensors; its log.csv is assets/mnist_teacher.csv.
 """
 
 import json
@@ -43,7 +43,7 @@ from workloads import WORKLOADS
 
 @dataclass
 class Config(Options):
-    """The objective's, the optimiser's and the data's options."""
+    """Options of the objective, the optimiser and the data."""
 
     data: str = option(
         "data", "folder of the MNIST files (downloaded by torchvision if missing)", free=True
@@ -56,8 +56,8 @@ class Config(Options):
     ema: float = option(
         0.999, "decay of the moving average of the weights, per step", least=0, below=1
     )
-    # EDM has P_mean = -1.2, P_std = 1.2 for photographs. A digit takes its class at larger noise:
-    # at sigma = 0.3 a black and white image is nearly read off, from 1 to 5 it is decided.
+    # EDM has P_mean = -1.2, P_std = 1.2 for photographs. The class of a digit is decided at larger
+    # noise, sigma = 1 to 5; at 0.3 a black and white image is almost visible.
     p_mean: float = option(0.2, "training noise levels: mean of ln sigma")
     p_std: float = option(1.1, "training noise levels: standard deviation of ln sigma", above=0)
     save_every: int = option(1000, "steps between checkpoints (and pictures)", least=1, free=True)
@@ -70,11 +70,11 @@ def edm_loss(
 ) -> Tensor:
     """EDM Eq. 2 with Table 1: mean of lambda(sigma) |D(x + n; sigma) - x|^2, n ~ N(0, sigma^2 I).
 
-    ln sigma ~ N(p_mean, p_std^2); lambda(sigma) = 1 / sigma^2 + 1 / sigma_data^2
-    makes the loss of an untrained network 1 at every sigma.
+    ln sigma ~ N(p_mean, p_std^2); lambda(sigma) = 1 / sigma^2 + 1 / sigma_data^2 makes the loss of
+    an untrained network 1 at every sigma.
 
     Args:
-        net: (x (B, 1, 28, 28), sigma (B, 1, 1, 1), labels) -> its denoised images.
+        net: (x (B, 1, 28, 28), sigma (B, 1, 1, 1), labels) -> denoised images.
         images: (B, 1, 28, 28) in [-1, 1]; labels: (B,) long.
 
     Returns:
@@ -87,7 +87,7 @@ def edm_loss(
 
 
 def main(config: Config) -> None:
-    """Train, or go on training, and write teacher.safetensors."""
+    """Train, or resume training, and write teacher.safetensors."""
     device, out = pick_device(config.device), Path(config.out)
     images, labels = load_mnist(config.data, train=True)
     torch.manual_seed(config.seed)
@@ -97,7 +97,7 @@ def main(config: Config) -> None:
         net, Ranks(0, 1, device), config.learning_rate, warmup=config.warmup,
         end=max(config.steps, config.warmup + 1),
         betas=(0.9, 0.99), weight_decay=0.0, grad_clip=math.inf,
-        decay=lambda step: min(config.ema, (step + 1) / (step + 10)),  # the start is forgotten
+        decay=lambda step: min(config.ema, (step + 1) / (step + 10)),  # forgets the start
     )  # fmt: skip
     run = {"net": learner, "ema": learner.average}
     claim_folder(out, "config.json", config.settings())
@@ -105,7 +105,7 @@ def main(config: Config) -> None:
 
     progress = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="teacher")
     for step in progress:
-        # A batch of digits: a function of (seed, step) alone, so that resuming is exact.
+        # A batch of digits is a function of (seed, step) alone, so resuming is exact.
         draws = generator("assets", config.seed, step)
         index = torch.from_numpy(draws.integers(len(images), size=config.batch_size))
         x, y = to(device, images[index], labels[index])

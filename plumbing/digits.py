@@ -1,6 +1,6 @@
-"""MNIST, and what judges digits: a small classifier, and figures that rest on its features.
+"""MNIST, and the judge of digits: a small classifier, and figures computed from its features.
 
-Its weights and the test images' statistics are in assets/, from assets/train_classifier.py.
+assets/train_classifier.py makes its weights and the test images' statistics, both in assets/.
 """
 
 from pathlib import Path
@@ -55,7 +55,7 @@ def classify(classifier: nn.Module, images: Tensor, device: torch.device) -> tup
 
 
 def load_classifier(device: torch.device, folder: Path = ASSETS) -> nn.Module:
-    """The classifier of assets/, or another one of assets/train_classifier.py, in eval mode."""
+    """The classifier of a folder of assets/train_classifier.py, in eval mode."""
     tensors, metadata = read_tensors(folder / CLASSIFIER)
     classifier = MNISTClassifier(metadata.get("architecture", "convolutions"))
     load_strictly(classifier, tensors, folder / CLASSIFIER)
@@ -63,8 +63,8 @@ def load_classifier(device: torch.device, folder: Path = ASSETS) -> nn.Module:
 
 
 def class_diversity(images: Tensor, labels: Tensor) -> Tensor:
-    """Mean Euclidean distance between two images (N, C, H, W) of a class -> (classes,) float64, in
-    the order of the labels (N,) long."""
+    """Mean Euclidean distance between two images (N, C, H, W) of the same class -> (classes,)
+    float64, in ascending order of the labels (N,) long."""
     by_class = [images[labels == label].flatten(1).double() for label in labels.unique()]
     return torch.stack([pdist(of_class).mean() for of_class in by_class])
 
@@ -72,9 +72,8 @@ def class_diversity(images: Tensor, labels: Tensor) -> Tensor:
 def measure(
     images: Tensor, labels: Tensor, device: torch.device, folder: Path = ASSETS
 ) -> dict[str, float]:
-    """The three figures that evaluate.py explains, of images (N, 1, 28, 28) in [-1, 1] made for
-    labels (N,) long, by the judge in a folder: "fd", "accuracy" (0 .. 1), "diversity" (1 = the
-    test images'); and N."""
+    """evaluate.py's figures of images (N, 1, 28, 28) in [-1, 1] made for labels (N,) long, by the
+    judge in a folder: "fd", "accuracy" (0 .. 1), "diversity" (1 = the test images'), "samples"."""
     classifier, (statistics, _) = load_classifier(device, folder), read_tensors(folder / STATISTICS)
     features, logits = classify(classifier, images, device)
     mean, covariance = mean_and_covariance(features)
@@ -88,15 +87,14 @@ def measure(
 
 
 def neighbours(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, float]:
-    """How two sets of features (N, D) lie among each other, each as a share 0 .. 1.
-
-    The ball of a point reaches to its k-th nearest neighbour of its own set.
+    """How two sets of features (N, D) overlap. A point's ball reaches to the k-th nearest neighbour
+    in its own set.
 
     Returns:
-        precision: generated points in a real one's ball; recall: real points in a generated one's
-        ball (both Kynkaanniemi et al. 2019, arXiv 1904.06991); coverage: real points whose own ball
-        holds a generated one (Naeem et al. 2020, arXiv 2002.09797; at equal distributions
-        1 - 2^-k, which is 0.875).
+        Shares 0 .. 1. precision: of generated points in a real one's ball; recall: of real points
+        in a generated one's ball (both Kynkaanniemi et al. 2019, arXiv 1904.06991); coverage: of
+        real points whose ball holds a generated one (Naeem et al. 2020, arXiv 2002.09797; at equal
+        distributions 1 - 2^-k, which is 0.875).
     """
 
     def radii(points: Tensor) -> Tensor:

@@ -1,15 +1,14 @@
 """Read EDM weights from other people's files, without running anything in them.
 
-All but safetensors are pickles, and a pickle is a program: it names functions and calls them.
-NVIDIA's even carry the source of their networks, to be executed. Here
+All formats but safetensors are pickles, and a pickle is a program: it names functions and calls
+them. NVIDIA's pickles even carry the source of their networks, to be executed.
 
-    stand_ins   is the table of names that such a pickle may use, with harmless things of our own
-                in their places; no other name is resolved
-    rebuild     gives the second pickle, which hides in every tensor's bytes, to torch.load with
-                weights_only=True (as torch.save's files), and checks the tensor's bounds
+    stand_ins   is the table of names that such a pickle may use, with a harmless stand-in for each;
+                any other name is an error
+    rebuild     reads the second pickle, hidden in every tensor's bytes, by torch.load with
+                weights_only=True (as all files of torch.save are), and checks the tensor's bounds
 
-load_edm builds the network and compares names and shapes. A file made to fill the
-memory, or to keep Python busy, is not defended against; it can do no more than that.
+A file that is made to fill the memory or to keep Python busy is not defended against.
 """
 
 import io
@@ -27,54 +26,52 @@ from edm_unet import EDMPrecond
 from plumbing.files import load_strictly, one_line_errors, read_tensors, torch_load
 from plumbing.options import UserError
 
-# The generator of github.com/devrimcavusoglu/dmd was trained one step below sigma = 80, at
-# karras_sigmas(1000)[-2], because a zero is appended to its table of noise levels.
+# github.com/devrimcavusoglu/dmd trains its generator, "model_g", one step below sigma = 80, at
+# karras_sigmas(1000)[-2], because it appends a zero to its table of noise levels.
 MODEL_G_SIGMA = 79.56382521581216
 
-MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # opens torch.save's older format
+MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # at the start of torch.save's older format
 
 
 def load_edm(path: str | Path, architectures: Sequence[dict] = ()) -> EDMPrecond:
-    """A network from a file of any format that read_edm_file knows: in eval mode, float32, on the
-    CPU, without gradients. The file's metadata is its attribute `metadata`.
+    """A network from any file that read_edm_file reads: in eval mode, float32, on the CPU, without
+    gradients. Its attribute `metadata` is the file's metadata.
 
     Args:
         architectures: arguments of EDMPrecond. A file that does not record its own must have the
             names and shapes of one of these.
     """
     tensors, kwargs, metadata = read_edm_file(path)
-    found = {(name, value.shape) for name, value in tensors.items()}
 
-    def differences(net: EDMPrecond) -> int:
-        return len(found ^ {(name, value.shape) for name, value in net.state_dict().items()})
+    def shapes(state: dict[str, Tensor]) -> set:
+        return {(name, value.shape) for name, value in state.items()}
 
     with one_line_errors(Path(path)):
         try:
             with torch.device("meta"):  # do not spend time on initialising the weights
                 nets = [EDMPrecond(**each) for each in ([kwargs] if kwargs else architectures)]
-        except ValueError as error:  # an architecture that is not supported
+        except ValueError as error:  # an unsupported architecture
             raise UserError(str(error)) from error
         if not nets:
             raise UserError("it does not say which network it is of; use the file of a run")
-        net = min(nets, key=differences)
+        net = min(nets, key=lambda net: len(shapes(tensors) ^ shapes(net.state_dict())))
         nearest = f"the nearest takes images {net.image_shape} of {net.label_dim} classes"
-        what = "it" if kwargs else f"it fits no known network; {nearest}, beside which it"
+        what = "it" if kwargs else f"it fits no known network; {nearest}; compared with that, it"
         load_strictly(net.to_empty(device="cpu"), tensors, what)
     net.metadata = metadata
     return net.eval().requires_grad_(False)
 
 
 def read_edm_file(path: str | Path) -> tuple[dict[str, Tensor], dict | None, dict[str, Any]]:
-    """The weights in NVIDIA's pickles (the `ema` network of a snapshot, or a network alone), in
-    this repository's files, in state dicts, bare or in wrappers, and in checkpoints with the
-    generator under "model_g", such as github.com/devrimcavusoglu/dmd's.
+    """Read NVIDIA's pickles (a snapshot's `ema` network, or a network alone), this repository's
+    files, state dicts (bare or in wrappers), and checkpoints with the generator under "model_g".
 
     Returns:
-        tensors: under the names of EDMPrecond's state dict. Of any floating type; the file may
-            still be mapped to them, so copy them.
-        kwargs: EDMPrecond's arguments, None if the file does not tell.
-        metadata: what a file of ours was written with. Of a "model_g" checkpoint, {"role":
-            "generator", "sigma": 79.56}: its one step takes sigma * z, at sigma, not 80. Else {}.
+        tensors: as in EDMPrecond's state dict, of any floating type; copy them, because they may
+            be mapped to the file.
+        kwargs: EDMPrecond's arguments, or None if the file does not record them.
+        metadata: of this repository's files, what they were written with; of a "model_g"
+            checkpoint, {"role": "generator", "sigma": 79.56}, the noise level of its step; else {}.
     """
     path = Path(path)
     kwargs, metadata = None, {}
@@ -100,34 +97,31 @@ def file_format(path: Path) -> str:
             head = file.read(64)
         if head.startswith(b"PK\x03\x04") or MAGIC in head[:16]:
             return "torch"
-        # The length of a header comes first: its low byte may be the one that opens a pickle.
+        # Before pickle: the low byte of the header's length may be 0x80, which starts a pickle.
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
             return "safetensors"
         if head.startswith(b"\x80"):
             return "pickle"
         if head.lstrip().startswith(b"<"):
             raise UserError("it is a web page, not weights; open its address in a browser")
-        kinds = "neither an EDM pickle nor a file of torch.save nor safetensors"
-        raise UserError(f"it is {kinds}: it begins with {head[:9]!r}")
+        begins = f"it begins with {head[:9]!r}"
+        raise UserError(f"it is neither an EDM pickle nor torch.save's nor safetensors: {begins}")
 
 
 def sampling_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict under EDMPrecond's names, without what sampling never uses: `map_augment`, and
     the `resample_filter`s, which must be 2x2 boxes."""
-    # DDP's wrapper, and DMD2's, beside which other networks may be saved.
+    # DDP's wrapper, then DMD2's, beside which other networks may be saved.
     for wrapper in ("module.", "feedforward_model.", "module."):
         inside = {k.removeprefix(wrapper): v for k, v in stored.items() if k.startswith(wrapper)}
         stored = inside or stored
     tensors = {}
     for name, value in stored.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise UserError(f"it holds something else than a tensor of weights under {name!r}")
+            raise UserError(f"{name!r} in it is not a tensor of floating-point weights")
         if name.endswith(".resample_filter"):
             if tuple(value.shape) != (1, 1, 2, 2) or not (value == 0.25).all():
-                raise UserError(
-                    f"{name} is not a 2x2 box: NCSN++ networks (EDM's '-ve' files) are not "
-                    "supported; use the '-vp' file of the same dataset"
-                )
+                raise UserError(f"{name} is not a 2x2 box: this is NCSN++; use the '-vp' file")
         elif not name.startswith("model.map_augment."):
             tensors[name] = value
     return tensors
@@ -138,7 +132,7 @@ def sampling_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_edm_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One of NVIDIA's `.pkl` files -> all its tensors, and EDMPrecond's arguments as recorded."""
+    """One of NVIDIA's `.pkl` files -> all its tensors, and the recorded EDMPrecond arguments."""
     with open(path, "rb") as file:
         network = SafeUnpickler(file).load()
     if isinstance(network, dict):
@@ -152,21 +146,18 @@ def read_edm_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Takes the functions and classes that a pickle names from a table, and from nowhere else."""
-
-    def __init__(self, file: io.BufferedIOBase):
-        super().__init__(file)
-        self.names = stand_ins()
+    """Looks up the functions and classes that a pickle names in `stand_ins`, and nowhere else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a name; called wherever a pickle asks for one."""
-        if (module, name) not in self.names:
+        """The stand-in for a name; pickle calls this for every name."""
+        names = stand_ins()
+        if (module, name) not in names:
             raise UserError(f"it names {module}.{name}, which no EDM file needs; nothing was run")
-        return self.names[module, name]
+        return names[module, name]
 
 
 class Pickled:
-    """What is kept of a module (or a numpy.dtype): the name of its class, and its attributes."""
+    """What is kept of a module (or a numpy.dtype): its class's name and its attributes."""
 
     def __init__(self, class_name: str, state: Any = None):
         self.class_name, self.state = class_name, state
@@ -176,18 +167,13 @@ class Pickled:
 
 
 def stand_ins() -> dict[tuple[str, str], Any]:
-    """Every name in NVIDIA's pickles, and what SafeUnpickler takes for it.
-
-    The functions are made anew for each file, because a pickle may set attributes of them.
-    """
+    """The names in NVIDIA's pickles -> stand-ins, new in each call: a pickle can change them."""
 
     def scalar(dtype: Pickled, data: bytes) -> float:
-        if dtype.class_name != "f8" or dtype.state[1] != "<":
-            raise UserError("it holds a numpy number that is not float64, as all of EDM's are")
-        return struct.unpack("<d", data)[0]
+        return struct.unpack({"f8": "<d"}[dtype.class_name], data)[0]  # all of EDM's are float64
 
     return {
-        # Without "module_src", the source of the class.
+        # Leaves out "module_src", the source of the class.
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): (
             lambda meta: Pickled(meta["class_name"], meta["state"])
         ),
@@ -207,26 +193,24 @@ def stand_ins() -> dict[tuple[str, str], Any]:
 
 
 def named_tensors(module: Pickled, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a tree of pickled modules, with their full names."""
-    for kind in ("_parameters", "_buffers"):
-        for name, stored in module.state[kind].items():
-            if stored is not None:
-                yield prefix + name, rebuild(*stored)
+    """The parameters and buffers of a tree of pickled modules, by their full names."""
+    for name, stored in (module.state["_parameters"] | module.state["_buffers"]).items():
+        if stored is not None:
+            yield prefix + name, rebuild(*stored)
     for name, child in module.state["_modules"].items():
-        if child is not None:
-            yield from named_tensors(child, f"{prefix}{name}.")
+        yield from named_tensors(child, f"{prefix}{name}.")
 
 
 def rebuild(blob: bytes, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    """The tensor, if it lies inside its bytes; torch's own function does not check. Done when the
-    whole pickle has been read, and nothing in it can change the tensor any more."""
+    """The tensor, if it lies inside its bytes, which torch's own function does not check. Called
+    after the whole pickle has been read, when nothing in it can change the tensor any more."""
     storage = torch_load(io.BytesIO(blob))
-    # The blob ends with the number of values, as int64, and the values. They are taken from there:
-    # torch.load tells their type, but a file can make it leave the values uninitialised.
-    nbytes = storage._untyped_storage.nbytes()  # public names warn that typed ones will go
+    # The blob ends with the number of values, as int64, and the values themselves. Only their type
+    # comes from torch.load, because a file can make it leave the values uninitialised.
+    nbytes = storage._untyped_storage.nbytes()  # the public names raise warnings
     count = nbytes // storage.dtype.itemsize
     if blob[-nbytes - 8 : -nbytes] != struct.pack("<q", count):
-        raise UserError(f"it claims {count} numbers in a tensor of {len(blob)} bytes")
+        raise UserError(f"it claims to hold {count} numbers in {len(blob)} bytes")
     values = torch.frombuffer(bytearray(blob[-nbytes:]), dtype=storage.dtype)
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if min(offset, *shape, *stride, 0) < 0 or 0 in shape or last >= count:

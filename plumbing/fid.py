@@ -1,18 +1,17 @@
-"""The Frechet Inception Distance as EDM measures it, in pieces that evaluate.py puts together.
+"""The Frechet Inception Distance by EDM's protocol, in pieces that evaluate.py puts together.
 
-FID is lower for more images and varies with the seeds, so only equal protocols compare. EDM's
-(github.com/NVlabs/edm, its README, generate.py and fid.py), which the paper follows:
+FID depends on the number of images and on the seeds, so only equal protocols compare. EDM's (the
+README, generate.py and fid.py of github.com/NVlabs/edm), which the paper follows:
 
-    seeds       Image k has a random generator of its own, seeded with k (modulo 2^32), on the
-                device that samples. From it come first the noise, then the class label, uniform
-                over the classes, so classes are not balanced exactly; then a stochastic sampler's
-                noise. Neither the batch size nor the number of ranks matters.
-    counting    50,000 images, thrice, with the seeds 0-49999, 50000-99999 and 100000-149999; the
-                least FID is reported.
-    rounding    uint8 by x * 127.5 + 128, clamped (drawing.to_uint8), before the features. The
-                network itself resizes to 299x299, as TensorFlow 1 did.
-    sums        Mean and covariance (denominator N - 1) in float64. Reference statistics are an
-                .npz with `mu` and `sigma`, of the training images, all of them.
+    seeds       Image k has its own random generator, seeded with k (modulo 2^32), on the device
+                that samples. It draws the noise, then the class label, uniform over the classes.
+                So neither the batch size nor the number of ranks matters.
+    counting    50,000 images, three times: seeds 0-49999, 50000-99999 and 100000-149999. The
+                lowest FID is reported.
+    rounding    uint8 by x * 127.5 + 128, clamped (drawing.to_uint8). Inception itself resizes to
+                299x299, as in TensorFlow 1.
+    sums        Mean and covariance (denominator N - 1) in float64. The reference statistics, an
+                .npz with `mu` and `sigma`, are those of all training images.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,8 @@ from plumbing.downloads import download
 from plumbing.files import one_line_errors, torch_load
 from plumbing.options import UserError
 
+Statistics = tuple[Tensor, Tensor]  # mean (D,) and covariance (D, D), float64
+
 FEATURES = 2048
 # torch-fidelity's conversion of the original TensorFlow weights.
 INCEPTION_HASH = "6726825d"  # the first 8 digits of its SHA-256
@@ -37,15 +38,12 @@ INCEPTION_URL = (
     f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 )
 
-# --------------------------------------------------------------------------------------------------
-# Seeds and features
-
 
 def seeded_inputs(
     seeds: Sequence[int], shape: tuple[int, ...], num_classes: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor | None]:
-    """What EDM's generate.py draws for the images with these seeds, on the device that samples:
-    z (B, *shape) ~ N(0, I), and labels (B,) long, None where num_classes is 0."""
+    """What EDM's generate.py draws for the images with these seeds: z (B, *shape) ~ N(0, I), and
+    labels (B,) long, or None if num_classes is 0. `device` is the one that samples."""
     noises, labels = [], []
     for seed in seeds:
         generator = torch.Generator(device).manual_seed(seed % 2**32)
@@ -57,16 +55,15 @@ def seeded_inputs(
 
 def inception(device: torch.device | str) -> nn.Module:
     """The network, in eval mode: uint8 (B, 3, H, W) -> one-tuple of features (B, 2048) float32. Its
-    weights are in torch hub's folder, by hand or downloaded (among ranks let the first go ahead).
-    """
+    weights are downloaded to torch hub's folder if they are missing (let rank 0 go first)."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if not path.exists():
         download(INCEPTION_URL, path, INCEPTION_HASH)
     with one_line_errors(path):
-        # The constructor loads with weights_only=False, which runs whatever a file says: only after
-        # we have seen that this one says nothing but tensors.
+        # The constructor loads with weights_only=False, which runs whatever a file says. So check
+        # first that this file holds nothing but tensors.
         torch_load(path)
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=str(path)
@@ -74,17 +71,10 @@ def inception(device: torch.device | str) -> nn.Module:
     return network.eval().requires_grad_(False).to(device)
 
 
-# --------------------------------------------------------------------------------------------------
-# Mean and covariance
-
-
 @torch.no_grad()
-def feature_statistics(
-    batches: Iterable[Tensor], network: Callable, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D) of the features of all ranks' images, float64, on the CPU;
-    batches are this rank's, uint8 RGB (B, 3, H, W). Made of sums, whose cancellation float64 bears.
-    The network is `inception`'s, D = 2048."""
+def feature_statistics(batches: Iterable[Tensor], network: Callable, ranks: Ranks) -> Statistics:
+    """Of the features (D = 2048) of all ranks' images, on the CPU; from sums, in float64 because
+    they cancel. `batches` are this rank's, uint8 RGB (B, 3, H, W); `network` is `inception`'s."""
     count = torch.zeros((), dtype=torch.float64, device=ranks.device)
     total = torch.zeros(FEATURES, dtype=torch.float64, device=ranks.device)
     outer = torch.zeros(FEATURES, FEATURES, dtype=torch.float64, device=ranks.device)
@@ -98,7 +88,7 @@ def feature_statistics(
     return mean, (outer - torch.outer(total, mean)) / (count - 1)
 
 
-def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_covariance(features: Tensor) -> Statistics:
     """features (N, D) -> mean (D,), covariance (D, D), float64."""
     features = features.double()
     return features.mean(0), features.T.cov()
@@ -106,11 +96,8 @@ def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500), of means
-    (D,) and covariances (D, D) in float64.
-
-    The trace of the root of C1 C2 is the sum of the roots of its eigenvalues, which are those of
-    the symmetric C1^(1/2) C2 C1^(1/2).
-    """
+    (D,) and covariances (D, D) in float64. The trace of (C1 C2)^(1/2) is the sum of the roots of
+    the eigenvalues of C1 C2, which are those of the symmetric C1^(1/2) C2 C1^(1/2)."""
     values, vectors = torch.linalg.eigh(cov_1)
     root_1 = vectors * values.clamp(min=0).sqrt() @ vectors.T
     product = torch.linalg.eigvalsh(root_1 @ cov_2 @ root_1)
@@ -118,15 +105,11 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
     return float((mean_1 - mean_2).square().sum() + trace)
 
 
-# --------------------------------------------------------------------------------------------------
-# Reference statistics
-
-
 def read_reference(
     path: Path, network: Callable, batch_size: int, ranks: Ranks, size: int
-) -> tuple[Tensor, Tensor]:
-    """Of an .npz with `mu` and `sigma`, as EDM's, or of a folder of images of size x size, that the
-    ranks share -> mean (2048,), covariance (2048, 2048), float64, on the CPU."""
+) -> Statistics:
+    """From an .npz with `mu` (2048,) and `sigma` (2048, 2048), as EDM's, or from a folder of images
+    (size x size), which the ranks share. On the CPU."""
     if path.is_dir():
         return feature_statistics(read_images(path, batch_size, ranks, size), network, ranks)
     with one_line_errors(path), np.load(path, allow_pickle=False) as archive:
@@ -139,9 +122,8 @@ def read_reference(
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The PNG and JPEG files in a folder and the folders in it."""
-    suffixes = (".png", ".jpg", ".jpeg")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    """The PNG and JPEG files in a folder and its subfolders."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if len(files) < 2:
         raise UserError(f"{folder} holds {len(files)} PNG or JPEG images; FID needs at least 2")
     return files
@@ -156,8 +138,8 @@ def read_images(folder: Path, batch_size: int, ranks: Ranks, size: int) -> Itera
         for path, image in images.items():
             if image.shape != (3, size, size):
                 raise UserError(
-                    f"{path} is {tuple(image.shape)} instead of {(3, size, size)}: FID depends on "
-                    "how images are resized, so bring them to one size deliberately"
+                    f"{path} is {tuple(image.shape)} instead of {(3, size, size)}; resize the "
+                    "images yourself, because FID depends on how it is done"
                 )
         yield torch.stack(list(images.values()))
 
@@ -166,5 +148,5 @@ def read_image(path: Path) -> Tensor:
     """A PNG or JPEG file -> uint8 (3, H, W)."""
     with one_line_errors(path), Image.open(path, formats=("PNG", "JPEG")) as image:
         if image.mode not in ("L", "P", "RGB"):  # 16 bits would be clipped, transparency lost
-            raise UserError(f"{path} has mode {image.mode}; convert it to RGB, or remove it")
+            raise UserError(f"{path} has mode {image.mode}; convert it to RGB or delete it")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
