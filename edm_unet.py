@@ -10,7 +10,7 @@ Read it bottom up beside Karras et al. 2022 (arXiv 2206.00364, "EDM"):
         ADM       of Dhariwal and Nichol 2021 (arXiv 2105.05233, section 3): ImageNet-64
     UNetBlock     the residual block that they are made of
 
-Parameters have EDM's names (`model.enc.32x32_block0.conv0.weight`, ...), so its files load strictly.
+Parameter names are EDM's (`model.enc.32x32_block0.conv0.weight`, ...), so its files load strictly.
 Two things in them have no counterpart here: the augmentation embedding, which sampling never uses,
 and the constant 2x2 box filters, which are an average pool and a pixel repetition here.
 """
