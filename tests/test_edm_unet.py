@@ -42,9 +42,16 @@ def golden(name):
     return net, meta, {key: torch.from_numpy(value) for key, value in data.items()}
 
 
+def worst(found, expected):
+    """The largest error, relative to the largest value."""
+    return (found - expected).abs().max() / expected.abs().max()
+
+
 @pytest.mark.parametrize("name", ["song_int", "song_eps", "adm_int", "adm_eps"])
 @torch.no_grad()
-def test_network_matches_golden_vectors(name):
+def test_network_matches_golden_vectors(name, monkeypatch):
+    """In either memory layout. The tensors of the attention have consecutive channels in both:
+    otherwise PyTorch falls back on HW x HW matrices without a word."""
     net, meta, data = golden(name)
     assert [k for k, _ in net.named_parameters()] == [k for k, _ in meta["param_keys"]]
     assert sum(p.numel() for p in net.parameters()) == meta["n_params"]
@@ -52,38 +59,21 @@ def test_network_matches_golden_vectors(name):
         found = net.get_parameter(key).flatten()[: len(values)]
         torch.testing.assert_close(found, torch.tensor(values), rtol=0, atol=1e-7)
 
-    output = net(data["x"], data["sigma"], data["labels"])
-    worst = (output - data["output"]).abs().max() / data["output"].abs().max()
-    assert worst < 1e-5
-
-    # The bare U-Net, where sigma's c_skip cannot hide an error. Its row is row 2 of the int file.
-    row = 2 if len(data["x"]) == 5 else 0
-    inside = net.model(data["x"][row : row + 1], torch.zeros(1), data["labels"][row : row + 1])
-    worst = (inside - data["unet_output"]).abs().max() / data["unet_output"].abs().max()
-    assert worst < 1e-5
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", ["song_int", "adm_int"])
-@torch.no_grad()
-def test_attention_fits_the_fused_kernels(name, layout, monkeypatch):
-    """All of them want consecutive channels; PyTorch falls back on HW x HW matrices without a word.
-    In either layout the result is the golden vectors'."""
     seen, attend = [], torch.nn.functional.scaled_dot_product_attention
-
-    def recorded(*qkv):
-        seen.extend(qkv)
-        return attend(*qkv)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
-    net, _, data = golden(name)
-    row = slice(2, 3)  # sigma = 1, where the network's output counts
-    x = data["x"][row].to(memory_format=layout)
-    output = net.to(memory_format=layout)(x, data["sigma"][row], data["labels"][row])
-    worst = (output - data["output"][row]).abs().max() / data["output"][row].abs().max()
-    assert worst < 1e-5
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda *qkv: seen.extend(qkv) or attend(*qkv),
+    )  # fmt: skip
+    assert worst(net(data["x"], data["sigma"], data["labels"]), data["output"]) < 1e-5
+    # The bare U-Net, where sigma's c_skip cannot hide an error. Its row is row 2 of the int file.
+    row = slice(2, 3) if len(data["x"]) == 5 else slice(1)
+    x, labels = data["x"][row], data["labels"][row]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        unet = net.model.to(memory_format=layout)
+        inside = unet(x.to(memory_format=layout), torch.zeros(1), labels)
+        assert worst(inside, data["unet_output"]) < 1e-5
     attending = [module for module in net.modules() if getattr(module, "num_heads", 0)]
-    assert len(seen) == 3 * len(attending) > 0
+    assert len(seen) == 3 * 3 * len(attending) > 0
     assert all(each.stride(-1) == 1 for each in seen)
 
 
@@ -91,9 +81,8 @@ def test_attention_fits_the_fused_kernels(name, layout, monkeypatch):
 @pytest.mark.parametrize("name", ["song_int", "adm_int"])
 def test_heun_trajectory_matches_golden_vectors(name):
     net, meta, data = golden(name)
-    end = heun_sample(net, data["heun_latents"], data["heun_labels"], meta["heun"]["steps"])
-    worst = (end - data["heun_end"]).abs().max() / data["heun_end"].abs().max()
-    assert worst < 1e-5
+    z, labels, expected = (data[f"heun_{key}"][:1] for key in ("latents", "labels", "end"))
+    assert worst(heun_sample(net, z, labels, meta["heun"]["steps"]), expected) < 1e-5
 
 
 CIFAR = dict(
@@ -108,15 +97,11 @@ IMAGENET = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "count"),
-    [
-        # EDM's files count 1,152 more for CIFAR-10: the augmentation embedding, unused here.
-        ({**CIFAR, "label_dim": 10}, 55_735_299 - 1_152),
-        ({**CIFAR, "label_dim": 0}, 55_733_891 - 1_152),
-        (IMAGENET, 295_899_267),
-    ],
-)
+# EDM's files count 1,152 more for CIFAR-10: the augmentation embedding, unused here.
+COUNTS = [(CIFAR | {"label_dim": 10}, 55_734_147), (CIFAR, 55_732_739), (IMAGENET, 295_899_267)]
+
+
+@pytest.mark.parametrize(("kwargs", "count"), COUNTS)
 def test_full_size_parameter_counts(kwargs, count):
     with torch.device("meta"):
         net = EDMPrecond(**kwargs)
@@ -124,12 +109,13 @@ def test_full_size_parameter_counts(kwargs, count):
 
 
 def test_noise_levels():
+    """The paper's table of T = 1000 levels, and EDM's 18, without a zero at the end."""
     sigma = EDMDenoiser(torch.nn.Identity()).sigma
-    assert sigma[20].item() == pytest.approx(0.00323, abs=5e-6)
-    assert sigma[980].item() == pytest.approx(72.05, abs=5e-3)
-    assert sigma[999].item() == pytest.approx(80, rel=1e-6)
-    assert sigma[0].item() == pytest.approx(0.002, rel=1e-6)
+    found = sigma[[0, 20, 980, 999]].tolist()
+    assert found == pytest.approx([0.002, 0.00323, 72.05, 80], rel=1e-3)
     assert len(sigma) == 1000 and (sigma.diff() > 0).all()
+    sigmas = karras_sigmas(18)
+    assert len(sigmas) == 18 and sigmas[0] == pytest.approx(0.002) and sigmas[-1] == 80
 
 
 class Recorder(torch.nn.Module):
@@ -173,12 +159,8 @@ def test_heun_converges_with_second_order():
     assert errors[2] < 2e-3
 
 
-def test_one_heun_step_is_the_untrained_generator():
-    net, z = Gaussian(), torch.randn(3, 1, 2, 2)
-    torch.testing.assert_close(heun_sample(net, z, steps=1), net(80 * z, 80.0).float())
-
-
 def test_heun_gives_the_labels_to_every_evaluation_and_builds_no_graph():
+    """One step is the untrained generator."""
     labels, seen = torch.tensor([3, 1]), []
 
     def net(x, sigma, class_labels):
@@ -188,6 +170,8 @@ def test_heun_gives_the_labels_to_every_evaluation_and_builds_no_graph():
     end = heun_sample(net, torch.randn(2, 1, 2, 2), labels, steps=3)
     assert len(seen) == 5 and all(given is labels for given in seen)
     assert end.dtype == torch.float32 and not end.requires_grad
+    net, z = Gaussian(), torch.randn(3, 1, 2, 2)
+    torch.testing.assert_close(heun_sample(net, z, steps=1), net(80 * z, 80.0).float())
 
 
 def test_the_denoiser_is_the_network_at_its_noise_table():
@@ -204,29 +188,9 @@ def test_the_denoiser_is_the_network_at_its_noise_table():
     assert mu.net.given[1].tolist() == pytest.approx(levels, rel=1e-5)
 
 
-def test_karras_sigmas_has_no_appended_zero():
-    sigmas = karras_sigmas(18)
-    assert len(sigmas) == 18 and sigmas[0] == pytest.approx(0.002) and sigmas[-1] == 80
-
-
-@torch.no_grad()
-def test_labels_and_sigmas_in_every_form():
-    kwargs = dict(img_resolution=8, img_channels=1, model_channels=16, channel_mult=[1, 2])
-    net = EDMPrecond(**kwargs, label_dim=4, model_type="SongUNet", num_blocks=1).eval()
-    torch.nn.init.normal_(net.model.dec["8x8_aux_conv"].weight)
-    x, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 3, 1])
-    one_hot = torch.nn.functional.one_hot(labels, 4).float()
-    reference = net(x, torch.full((3,), 2.0), one_hot)
-    torch.testing.assert_close(net(x, 2.0, labels), reference)
-    torch.testing.assert_close(net(x, torch.full((3, 1, 1, 1), 2.0), labels), reference)
-    no_class = net(x, 2.0, None)
-    torch.testing.assert_close(no_class, net(x, 2.0, torch.zeros(3, 4)))
-    assert not torch.allclose(no_class, reference)
-
-
 @pytest.mark.parametrize("label_dim", [0, 4])
 def test_the_preconditioning_is_table_1s(label_dim):
-    """With a sigma_data of its own, and whatever dtype the noisy images have."""
+    """With a sigma_data of its own, and with labels and noise levels in every form."""
     kwargs = dict(model_channels=4, channel_mult=[1], num_blocks=1, attn_resolutions=[])
     net = EDMPrecond(8, 1, label_dim, "SongUNet", sigma_data=0.7, **kwargs)
     net.model = Recorder()
@@ -239,18 +203,24 @@ def test_the_preconditioning_is_table_1s(label_dim):
         torch.testing.assert_close(inputs[i], (c_in * x[i]).float())
         torch.testing.assert_close(found[i], ((c_skip + c_out * c_in / 2) * x[i]).float())
         assert c_noise[i].item() == pytest.approx(math.log(s) / 4, abs=1e-6)
-    if label_dim == 0:  # then labels say nothing
+        assert torch.equal(net(x[i : i + 1], s), found[i : i + 1])
+    if label_dim == 0:  # the labels do not matter
         assert labels is None
-    else:
-        assert torch.equal(labels, torch.eye(4)[[0, 3, 1]]) and labels.dtype == torch.float32
-        net(x, 1.0, None)
-        assert torch.equal(net.model.given[2], torch.zeros(3, 4))
+        return
+    one_hot = torch.eye(4)[[0, 3, 1]]
+    assert torch.equal(labels, one_hot) and labels.dtype == torch.float32
+    for given in (None, one_hot, one_hot.long()):
+        assert torch.equal(net(x, torch.tensor(sigma).reshape(3, 1, 1, 1), given), found)
+        labels, expected = net.model.given[2], torch.zeros(3, 4) if given is None else one_hot
+        assert torch.equal(labels, expected) and labels.dtype == torch.float32
 
 
-def test_other_architectures_are_refused():
-    with pytest.raises(ValueError, match="NCSN"):
-        EDMPrecond(32, 3, model_type="SongUNet", encoder_type="residual")
-    with pytest.raises(ValueError, match="unknown model_type 'VGG'"):
-        EDMPrecond(32, 3, model_type="VGG")
-    with pytest.raises(ValueError, match="num_bloks"):
-        EDMPrecond(32, 3, model_type="SongUNet", num_bloks=1)
+WRONG = [({"encoder_type": "residual"}, "NCSN"), ({"num_bloks": 1}, "num_bloks")]
+WRONG += [({"model_type": "VGG"}, "unknown model_type 'VGG'")]
+WRONG += [({"sigma_data": s}, "sigma_data must") for s in ("1", None, -1, 0, math.nan, math.inf)]
+
+
+@pytest.mark.parametrize(("wrong", "word"), WRONG)
+def test_wrong_arguments_are_value_errors(wrong, word):
+    with pytest.raises(ValueError, match=word):
+        EDMPrecond(32, 3, **{"model_type": "SongUNet", **wrong})
