@@ -1,11 +1,12 @@
 """FID against torch-fidelity's own, statistics against numpy's, and every bad input's message."""
 
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_THREAD
 from PIL import Image
 from torch import nn
 
@@ -13,12 +14,33 @@ from plumbing import fid
 from plumbing.devices import Ranks
 from plumbing.options import UserError
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+MU, SIGMA = np.zeros(fid.FEATURES), np.eye(fid.FEATURES)
 
 
 def read(path, network=None, batch_size=64, size=32):
     """A reference, in one process."""
-    return fid.read_reference(path, network, batch_size, ALONE, size)
+    return fid.read_reference(path, network, batch_size, Ranks(0, 1, CPU), size)
+
+
+def on_ranks(count, work):
+    """work(ranks) of each rank -> a list. The ranks are threads of this process, whose sums and
+    barriers wait for each other as those of torch.distributed do."""
+    meeting, parts = threading.Barrier(count, timeout=60), {}
+
+    class Threads(Ranks):
+        def barrier(self):
+            meeting.wait()
+
+        def sum(self, x):
+            parts[self.rank] = x
+            meeting.wait()
+            total = sum(parts[rank] for rank in range(count))
+            meeting.wait()
+            return total
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, [Threads(rank, count, CPU) for rank in range(count)]))
 
 
 class Projection(nn.Module):
@@ -33,6 +55,21 @@ class Projection(nn.Module):
         return ((images.double().mean((2, 3)) / 255) @ self.weight,)
 
 
+@pytest.fixture
+def fast(monkeypatch):
+    """A small network in Inception's place, and a distance that takes no roots of matrices -> a
+    list of the drawn images' (mean, covariance)."""
+    drawn = []
+
+    def distance(mean_1, cov_1, mean_2, cov_2):
+        drawn.append((mean_1, cov_1))
+        return float((mean_1 - mean_2).square().sum())
+
+    monkeypatch.setattr(fid, "inception", lambda device: Projection())
+    monkeypatch.setattr(fid, "frechet_distance", distance)
+    return drawn
+
+
 def write_images(folder, count, seed, size=(32, 32), low=0):
     """PNG files of noise, half of them in a subfolder -> uint8 (N, 3, H, W) in sorted order."""
     (folder / "sub").mkdir(parents=True)
@@ -43,7 +80,14 @@ def write_images(folder, count, seed, size=(32, 32), low=0):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-MU, SIGMA = np.zeros(fid.FEATURES), np.eye(fid.FEATURES)
+class Hostile:
+    """Pickles as a call that writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (exec, (f"open({str(self.path)!r}, 'w')",))
 
 
 def test_seeded_inputs_are_edms():
@@ -60,7 +104,7 @@ def test_seeded_inputs_are_edms():
 
 
 # --------------------------------------------------------------------------------------------------
-# Against torch-fidelity
+# Inception, against torch-fidelity
 
 
 @pytest.fixture(scope="module")
@@ -85,74 +129,54 @@ def random_weights(tmp_path_factory):
     torch.save(net.state_dict(), path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(folder))
-        patch.setitem(ONE_THREAD, "TORCH_HOME", str(folder))  # of run_on_two_ranks
         yield path
 
 
-def test_fid_is_torch_fidelitys(random_weights, tmp_path):
-    """Two folders of PNG files through both, with the same weights: from the files to the FID."""
-    import torch_fidelity
+def test_statistics_of_a_folder_are_torch_fidelitys(random_weights, tmp_path):
+    """Of PNG files by both, with the same weights; the distance is compared below."""
+    from torch_fidelity.metric_fid import fid_input_id_to_statistics
+    from torch_fidelity.utils import create_feature_extractor
 
     write_images(tmp_path / "a", 4, seed=1)
-    write_images(tmp_path / "b", 4, seed=2, low=128)
-    expected = torch_fidelity.calculate_metrics(
-        input1=str(tmp_path / "a"), input2=str(tmp_path / "b"), fid=True, cuda=False, cache=False,
-        feature_extractor_weights_path=str(random_weights), samples_find_deep=True,
-        save_cpu_ram=True, batch_size=4, verbose=False,
-    )["frechet_inception_distance"]  # fmt: skip
-    network = fid.inception("cpu")
-    found = fid.frechet_distance(
-        *read(tmp_path / "a", network, batch_size=3), *read(tmp_path / "b", network, batch_size=3)
-    )
-    assert expected > 1
-    assert found == pytest.approx(expected, rel=1e-6)  # measured: 7e-9
+    options = {"feature_extractor_weights_path": str(random_weights), "cuda": False}
+    extractor = create_feature_extractor("inception-v3-compat", ["2048"], **options)
+    expected = fid_input_id_to_statistics(
+        1, extractor, "2048", **options, input1=str(tmp_path / "a"), samples_find_deep=True,
+        save_cpu_ram=True, batch_size=4, verbose=False, cache=False,
+    )  # fmt: skip
+    mu, sigma = read(tmp_path / "a", fid.inception("cpu"), batch_size=3)
+    assert mu.abs().max() > 0.1 and sigma.abs().max() > 1e-3
+    torch.testing.assert_close(mu, torch.from_numpy(expected["mu"]).double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sigma, torch.from_numpy(expected["sigma"]), rtol=1e-4, atol=1e-6)
 
 
-def test_other_and_hostile_weights_are_refused(random_weights, tmp_path, monkeypatch):
-    """Also what torch-fidelity's own loader would run."""
-
-    class Hostile:
-        def __reduce__(self):
-            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE
-    path.parent.mkdir(parents=True)
-
-    def fails(word):
-        with pytest.raises(UserError, match=word) as raised:
-            fid.inception("cpu")
-        assert "\n" not in str(raised.value) and str(path) in str(raised.value)
-
-    state = torch.load(random_weights, weights_only=True)
-    del state["fc.bias"]
-    torch.save(state, path)
-    fails("fc.bias")
-    torch.save({"fc.bias": Hostile()}, path)
-    fails("exec")
-    path.write_bytes(random_weights.read_bytes()[:100_000])
-    fails("damaged")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_missing_weights_say_which_and_where(monkeypatch, tmp_path):
-    """Without a network, and with another file in their place."""
+def test_weights_that_are_refused(random_weights, tmp_path, monkeypatch):
+    """Missing, of another network, hostile (torch-fidelity's own loader would run that), cut."""
 
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    with pytest.raises(UserError) as raised:
-        fid.inception("cpu")
-    message, path = str(raised.value), tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE
-    assert fid.INCEPTION_URL in message and f"yourself and put it at {path}" in message
-    assert "no route to host" in message
-    assert "\n" not in message and "--teacher" not in message and not path.exists()
+    path = tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE
 
-    path.write_bytes(b"something else")
-    with pytest.raises(UserError, match=f"{path} is damaged"):
-        fid.inception("cpu")
+    def fails(*words):
+        with pytest.raises(UserError) as raised:
+            fid.inception("cpu")
+        message = str(raised.value)
+        assert "\n" not in message and all(word in message for word in [str(path), *words])
+
+    fails(fid.INCEPTION_URL, f"yourself and put it at {path}", "no route to host")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = torch.load(random_weights, weights_only=True)
+    del state["fc.bias"]
+    torch.save(state, path)
+    fails("fc.bias")
+    torch.save({"fc.bias": Hostile(tmp_path / "ran")}, path)
+    fails("exec")
+    assert not (tmp_path / "ran").exists()
+    path.write_bytes(random_weights.read_bytes()[:100_000])
+    fails("damaged")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,53 +197,21 @@ def test_parts_add_up_to_the_statistics_of_numpy(monkeypatch):
     mean = features.double().mean(0)
     covariance = torch.from_numpy(np.cov(features.double().numpy(), rowvar=False))
     for found in (
-        fid.feature_statistics(features.split(8), lambda batch: (batch,), ALONE),
+        fid.feature_statistics(features.split(8), lambda batch: (batch,), Ranks(0, 1, CPU)),
         fid.mean_and_covariance(features),
     ):
         torch.testing.assert_close(found, (mean, covariance), rtol=1e-11, atol=1e-11)
 
 
-def rank_of_two(rank, folder, images):
-    """One of two processes: share a folder of images, then note what this rank got."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
-    ranks = Ranks(rank, 2, torch.device("cpu"))
-    mu, sigma = fid.read_reference(images, Projection(), 2, ranks, 32)
-    torch.save((mu, sigma), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+@pytest.mark.parametrize("count", [50, 5])
+def test_frechet_distance_is_torch_fidelitys(count):
+    """Of covariances that do not commute, one of which has no full rank if there are 5 images."""
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-
-def test_two_ranks_share_a_folder(tmp_path):
-    """5 images on 2 ranks: both get what one process gets."""
-    write_images(tmp_path / "images", 5, seed=3)
-    torch.multiprocessing.spawn(rank_of_two, (tmp_path, tmp_path / "images"), nprocs=2)
-    expected = read(tmp_path / "images", Projection())
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-def test_frechet_distance_against_closed_forms():
-    """Equal: 0. Shifted: the shift squared. Commuting: |m1 - m2|^2 + |std_1 - std_2|^2."""
-    mean, covariance = fid.mean_and_covariance(features_of(50))
-    assert fid.frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-9)
-    found = fid.frechet_distance(mean, covariance, mean + 2, covariance)
-    assert found == pytest.approx(4 * 7)
-    turn, _ = torch.linalg.qr(covariance)
-    s1, s2 = torch.rand(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    found = fid.frechet_distance(mean, turn * s1**2 @ turn.T, mean, turn * s2**2 @ turn.T)
-    assert found == pytest.approx(float((s1 - s2).square().sum()))
-
-
-def test_frechet_distance_against_scipy():
-    """Covariances that do not commute: the root of their product by a Schur decomposition."""
-    linalg = pytest.importorskip("scipy.linalg")
-    (m1, c1), (m2, c2) = (fid.mean_and_covariance(features_of(50, seed=s)) for s in (5, 6))
-    root = linalg.sqrtm((c1 @ c2).numpy())
-    expected = float((m1 - m2).square().sum() + c1.trace() + c2.trace()) - 2 * np.trace(root).real
-    assert fid.frechet_distance(m1, c1, m2, c2) == pytest.approx(expected, rel=1e-9)
+    a, b = (fid.mean_and_covariance(features_of(n, seed=n)) for n in (count, 60))
+    stats = [dict(mu=mean.numpy(), sigma=covariance.numpy()) for mean, covariance in (a, b)]
+    expected = fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
+    assert fid.frechet_distance(*a, *b) == pytest.approx(expected, rel=1e-8)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,79 +219,69 @@ def test_frechet_distance_against_scipy():
 
 
 def test_references_from_file_and_folder_agree(tmp_path):
-    """A folder's statistics, and by way of a file, are those of the images themselves."""
-    images = write_images(tmp_path / "images", 6, seed=7)
+    """A folder's statistics, on one rank or two, and by way of a file, are those of its images."""
+    images = write_images(tmp_path / "images", 5, seed=7)
     (tmp_path / "images" / "notes.txt").write_text("not an image")
-    mu, sigma = read(tmp_path / "images", Projection(), batch_size=4)
     expected = fid.mean_and_covariance(Projection()(images)[0])
-    torch.testing.assert_close((mu, sigma), expected, rtol=1e-9, atol=1e-9)
 
+    def shared(ranks):
+        return fid.read_reference(tmp_path / "images", Projection(), 2, ranks, 32)
+
+    mu, sigma = read(tmp_path / "images", Projection(), batch_size=4)
+    for found in ((mu, sigma), *on_ranks(2, shared)):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     np.savez(tmp_path / "s.npz", mu=mu.numpy(), sigma=sigma.numpy(), other="ignored")
     torch.testing.assert_close(read(tmp_path / "s.npz"), (mu, sigma), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "arrays, word",
-    [
+def test_bad_references(tmp_path):
+    hostile = np.array([Hostile(tmp_path / "ran")] * 3, dtype=object)
+
+    def fails(name, word):
+        with pytest.raises(UserError, match=word) as raised:
+            read(tmp_path / name)
+        assert "\n" not in str(raised.value) and name in str(raised.value)
+
+    for arrays, word in (
         (dict(mu=MU), "sigma is missing"),
         (dict(sigma=SIGMA), "mu is missing"),
         (dict(mu=MU[:5], sigma=SIGMA), r"mu is \(5,\) instead of \(2048,\)"),
         (dict(mu=MU, sigma=MU), r"sigma is \(2048,\) instead of"),
         (dict(mu=np.array(["a"] * 3), sigma=SIGMA), "is damaged or of another kind"),
-    ],
-)
-def test_bad_references(arrays, word, tmp_path):
-    np.savez(tmp_path / "ref.npz", **arrays)
-    with pytest.raises(UserError, match=word) as raised:
-        read(tmp_path / "ref.npz")
-    assert "\n" not in str(raised.value) and "ref.npz" in str(raised.value)
-
-
-def test_damaged_and_hostile_references(tmp_path):
-    class Hostile:
-        def __reduce__(self):
-            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
-
-    hostile = np.array([Hostile()] * 3, dtype=object)
-    np.savez(tmp_path / "objects.npz", mu=hostile, sigma=SIGMA[:2])
-    whole = (tmp_path / "objects.npz").read_bytes()
-    np.save(tmp_path / "array.npy", MU)
-    np.save(tmp_path / "object.npy", hostile)
-    (tmp_path / "empty.npz").write_bytes(b"")
-    (tmp_path / "page.npz").write_bytes(b"<html>not found</html>")
-    (tmp_path / "short.npz").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "pickle.npz").write_bytes(b"\x80\x04cos\nsystem\n.")
-    (tmp_path / "s.safetensors").write_bytes(b"short")
-    for name in (
-        "objects.npz", "array.npy", "object.npy", "empty.npz", "page.npz", "short.npz",
-        "pickle.npz", "s.safetensors",
+        (dict(mu=hostile, sigma=SIGMA[:2]), "is damaged or of another kind"),
+    ):
+        np.savez(tmp_path / "arrays.npz", **arrays)
+        fails("arrays.npz", word)
+    whole = (tmp_path / "arrays.npz").read_bytes()
+    for name, data in (
+        ("empty.npz", b""), ("page.npz", b"<html>not found</html>"), ("s.safetensors", b"short"),
+        ("short.npz", whole[: len(whole) // 2]), ("pickle.npz", b"\x80\x04cos\nsystem\n."),
     ):  # fmt: skip
-        with pytest.raises(UserError, match="is damaged") as raised:
-            read(tmp_path / name)
-        assert "\n" not in str(raised.value) and name in str(raised.value)
+        (tmp_path / name).write_bytes(data)
+        fails(name, "is damaged")
+    for array in (MU, hostile):
+        np.save(tmp_path / "array.npy", array)
+        fails("array.npy", "is damaged")
+    fails("absent.npz", r"absent\.npz does not exist")
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(UserError, match=r"absent\.npz does not exist"):
-        read(tmp_path / "absent.npz")
 
 
 def test_bad_folders(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-
     def fails(word):
         with pytest.raises(UserError, match=word) as raised:
-            read(folder, Projection(), size=8)
+            read(tmp_path, Projection(), size=8)
         assert "\n" not in str(raised.value)
 
     fails("holds 0 PNG or JPEG")
     picture = Image.new("RGB", (8, 8), (1, 2, 3))
-    picture.save(folder / "a.png")
+    picture.save(tmp_path / "a.png")
     fails("holds 1 PNG or JPEG")
-    Image.new("RGB", (8, 9)).save(folder / "b.JPG")
+    Image.new("RGB", (8, 9)).save(tmp_path / "b.JPG")
     fails(r"b.JPG is \(3, 9, 8\) instead of \(3, 8, 8\)")
-    (folder / "b.JPG").write_bytes((folder / "a.png").read_bytes()[:40])
+    (tmp_path / "b.JPG").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     fails("b.JPG is damaged")
-    picture.convert("L").save(folder / "b.JPG")  # grey
-    assert [images.shape for images in fid.read_images(folder, 4, ALONE, 8)] == [(2, 3, 8, 8)]
-    picture.convert("RGBA").save(folder / "c.png")
+    picture.convert("L").save(tmp_path / "b.JPG")  # grey
+    (images,) = fid.read_images(tmp_path, 4, Ranks(0, 1, CPU), 8)
+    assert images.shape == (2, 3, 8, 8)
+    picture.convert("RGBA").save(tmp_path / "c.png")
     fails("c.png has mode RGBA")

@@ -1,5 +1,5 @@
-"""--dataset edm: a network of one's own, through every script; and fine-tunes of Stable Diffusion
-are --dataset sd15 (test_sd_commands.py)."""
+"""--dataset edm: a network of one's own, through every script. (Fine-tunes of Stable Diffusion are
+--dataset sd15, see test_sd_commands.py.)"""
 
 import json
 
@@ -20,14 +20,14 @@ from plumbing.options import UserError
 from teachers import load_generator
 from workloads import EDM_NUMBERS, WORKLOADS, get_workload
 
-random_weights = test_fid.random_weights  # a fixture: a file like that of Inception's weights
+fast = test_fid.fast  # a fixture: no Inception, and no roots of matrices
 
 
-def own_network(path, resolution, classes, channels=3):
+def own_network(path, resolution, classes):
     """A small network of random weights in a file of ours -> its path."""
     torch.manual_seed(0)
     net = EDMPrecond(
-        resolution, channels, classes, model_type="SongUNet", model_channels=8,
+        resolution, 3, classes, model_type="SongUNet", model_channels=8,
         channel_mult=[1, 2], num_blocks=1, attn_resolutions=[],
     )  # fmt: skip
     write_tensors(path, net.state_dict(), {"kwargs": json.dumps(net.kwargs)})
@@ -35,37 +35,34 @@ def own_network(path, resolution, classes, channels=3):
 
 
 @pytest.mark.parametrize("resolution, classes", [(16, 3), (24, 0)])
-def test_through_every_script(resolution, classes, tmp_path, monkeypatch, random_weights, capsys):
+def test_through_every_script(resolution, classes, tmp_path, monkeypatch, fast, capsys):
     monkeypatch.chdir(tmp_path)
     teacher = own_network(tmp_path / "mine.safetensors", resolution, classes)
     how = {"dataset": "edm", "teacher": teacher, "device": "cpu"}
     make_pairs.main(pairs_config(num_pairs=6, steps=2, shard_size=4, out="pairs", **how))
-    assert "edm: options that are not given are cifar10's" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "edm: " in said and "cifar10" in said
     y = read_tensors(tmp_path / "pairs/shard_00000.safetensors")[0]
     assert y["y"].shape == (4, 3, resolution, resolution) and ("cond" in y) == bool(classes)
-    config = tiny_config({"pairs": "pairs"}, "runs/mine", **how, distance="l2", steps=2)
-    train.main(config)
+    train.main(tiny_config({"pairs": "pairs"}, "runs/mine", **how, distance="l2", steps=2))
 
-    path = tmp_path / "runs/mine/generator.safetensors"
-    G, metadata = load_generator(path)
+    G, metadata = load_generator(tmp_path / "runs/mine/generator.safetensors")
     assert metadata["dataset"] == "edm" and G.mu.net.image_shape == (3, resolution, resolution)
     sample.main(sample.Config(seeds="0-3", out="x.png", device="cpu"))  # the newest run
     assert Image.open("x.png").width > 4 * resolution
     beside = {"teacher": True, "teacher_weights": teacher, "steps": 2}
     sample.main(sample.Config(seeds="0-3", out="y.png", device="cpu", **beside))
 
-    images = 2 * torch.rand(5, 3, resolution, resolution) - 1
-    for k, image in enumerate(images):
-        save_grid(tmp_path / "real" / f"{k}.png", image[None], columns=1, gap=0)
+    for size, folder in ((resolution, "real"), (9, "other")):
+        for k, image in enumerate(2 * torch.rand(2, 3, size, size) - 1):
+            save_grid(tmp_path / folder / f"{k}.png", image[None], columns=1, gap=0)
     figures = {"samples": 4, "batch_size": 2, "device": "cpu"}
     options = {"reference": "real", "rows": ("student", "teacher"), "steps": 2}
     evaluate.main(evaluate.Config(**figures, **options, teacher_weights=teacher))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if ": FID " in line] == ["student", "teacher"]
-    save_grid(tmp_path / "other" / "1.png", torch.zeros(1, 3, 9, 9), columns=1, gap=0)
-    save_grid(tmp_path / "other" / "2.png", torch.zeros(1, 3, 9, 9), columns=1, gap=0)
     with pytest.raises(UserError, match=r"\(3, 9, 9\) instead of \(3, "):
-        evaluate.main(evaluate.Config(**figures | {"reference": "other"}))
+        evaluate.main(evaluate.Config(**figures, reference="other"))
     with pytest.raises(UserError, match="give the real images: --reference"):
         evaluate.main(evaluate.Config(**figures))
 
@@ -74,11 +71,7 @@ def test_the_numbers_to_start_from(tmp_path):
     """Those of the workload with images of this size; EDM's own are known by name."""
     sizes = {16: "cifar10", 64: "imagenet64", 96: "imagenet64"}
     cases = {own_network(tmp_path / f"{n}.safetensors", n, 2): row for n, row in sizes.items()}
-    cases |= {
-        "edm-ffhq-64x64-uncond-vp.pkl": "imagenet64",
-        "edm-afhqv2-64x64-uncond-vp.pkl": "imagenet64",
-    }
-    for teacher, like in cases.items():
+    for teacher, like in (cases | {"edm-ffhq-64x64-uncond-vp.pkl": "imagenet64"}).items():
         row = get_workload("edm", teacher=teacher, batch_size=10)
         expected = get_workload(like, batch_size=10)
         assert all(getattr(row, name) == getattr(expected, name) for name in EDM_NUMBERS)
@@ -88,19 +81,20 @@ def test_the_numbers_to_start_from(tmp_path):
 
 def test_mistakes(tmp_path, run_here, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fails_in_one_line(run_here("make_pairs.py", "--dataset", "edm"), "--teacher FILE")
-    nowhere = run_here("make_pairs.py", "--dataset", "edm", "--teacher", "mine.pkl")
-    fails_in_one_line(nowhere, "mine.pkl is not a file")
     torch.save({"weight": torch.ones(3)}, "bare.pt")
-    bare = run_here("make_pairs.py", "--dataset", "edm", "--teacher", "bare.pt")
-    fails_in_one_line(bare, "does not say which network it is of")
     three = own_network(tmp_path / "three.safetensors", 16, 3)
     four = own_network(tmp_path / "four.safetensors", 16, 4)
+    for options, words in (
+        (["edm"], ["--teacher FILE"]),
+        (["edm", "--teacher", "mine.pkl"], ["mine.pkl is no file here"]),
+        (["edm", "--teacher", "bare.pt"], ["does not say which network it is of"]),
+        (["cifar10", "--teacher", three], ["3x16x16 images of 3 classes", "--dataset edm"]),
+    ):
+        result = run_here("make_pairs.py", "--out", "more", "--dataset", *options)
+        fails_in_one_line(result, *words)
     how = {"num_pairs": 2, "steps": 1, "out": "pairs", "device": "cpu"}
     make_pairs.main(pairs_config(dataset="edm", teacher=three, **how))
     config = tiny_config({"pairs": "pairs"}, "run", dataset="edm", teacher=four, distance="l2")
     with pytest.raises(UserError, match="made with another teacher than four"):
         train.main(config)
-    other = run_here("make_pairs.py", "--dataset", "cifar10", "--teacher", three, "--out", "more")
-    fails_in_one_line(other, "3x16x16 images of 3 classes", "--dataset edm")
     assert not (tmp_path / "run").exists() and not (tmp_path / "more").exists()
