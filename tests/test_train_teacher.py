@@ -1,4 +1,4 @@
-"""train_teacher.py and train_classifier.py on a few made-up digits: what they leave, and how the
+"""train_teacher.py and train_classifier.py on a few made-up digits: what they write, and how the
 former resumes."""
 
 import shutil
@@ -15,12 +15,10 @@ from plumbing.options import UserError
 from teachers import load_teacher
 from workloads import WORKLOADS, get_workload
 
-NETWORK = WORKLOADS["mnist"].network
-
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_pictures():
-    """Two steps of the solver: what the pictures show is no matter here."""
+    """Pictures from two steps of the solver: what they show does not matter here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_teacher, "heun_sample", partial(heun_sample, steps=2))
         yield
@@ -56,30 +54,26 @@ def straight(data, tmp_path_factory):
     return out
 
 
-def test_what_it_leaves_is_a_teacher(straight, capsys):
+def test_it_writes_a_teacher(straight):
     assert {path.name for path in straight.iterdir()} == {
         "checkpoint.pt", "config.json", "log.csv", "samples_000001.png", "samples_000002.png",
         "teacher.safetensors",
     }  # fmt: skip
-    teacher = load_teacher(get_workload(teacher=str(straight / "teacher.safetensors")))
-    assert teacher.record["name"] == "teacher.safetensors"
-    net = teacher.mu_real.net
-    assert net.kwargs == EDMPrecond(**NETWORK).kwargs
+    net = load_teacher(get_workload(teacher=str(straight / "teacher.safetensors"))).mu_real.net
+    assert net.kwargs == EDMPrecond(**WORKLOADS["mnist"].network).kwargs
     assert all(value.isfinite().all() for value in net.state_dict().values())
 
 
 @pytest.mark.slow
 def test_it_resumes_exactly(straight, data, tmp_path, monkeypatch):
-    """Interrupted in its second step, it goes on from the first."""
-    calls, original = [], train_teacher.edm_loss
+    """Interrupted in its second step, it resumes after the first."""
+    first, out = iter([train_teacher.edm_loss]), tmp_path / "run"
 
     def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*arguments)
+        for loss in first:
+            return loss(*arguments)
+        raise KeyboardInterrupt
 
-    out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_teacher, "edm_loss", interrupted)
         train_teacher.main(config(data, out))
@@ -89,20 +83,16 @@ def test_it_resumes_exactly(straight, data, tmp_path, monkeypatch):
         assert (out / name).read_bytes() == (straight / name).read_bytes(), name
 
 
-def test_another_run_is_left_alone(straight, data):
+def test_mistakes(straight, data, tmp_path):
+    """Another run's folder, a checkpoint that is none of ours, a folder with other files."""
     before = (straight / "teacher.safetensors").read_bytes()
     with pytest.raises(UserError, match="made with another seed;"):
         train_teacher.main(config(data, straight, seed=1))
     assert (straight / "teacher.safetensors").read_bytes() == before
-
-
-def test_files_that_do_not_belong_there(straight, data, tmp_path):
-    """A checkpoint that is none of ours, a folder with other files."""
     run = shutil.copytree(straight, tmp_path / "copy")
     torch.save({"step": 3}, run / "checkpoint.pt")
     with pytest.raises(UserError, match=r"checkpoint\.pt cannot be resumed"):
         train_teacher.main(config(data, run))
-    torch.save({"step": 3}, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="holds other files"):
         train_teacher.main(config(data, tmp_path))
 
@@ -110,14 +100,13 @@ def test_files_that_do_not_belong_there(straight, data, tmp_path):
 @pytest.mark.parametrize("architecture", ["convolutions", "lenet"])
 def test_a_judge_is_a_folder_of_two_files(architecture, data, tmp_path):
     """It is read as what it is, and finds the images that it was measured with at no distance."""
-    where = {"data": str(data), "out": str(tmp_path), "device": "cpu"}
-    config = train_classifier.Config(**where, epochs=1, batch_size=4, architecture=architecture)
-    train_classifier.main(config)
+    how = {"data": str(data), "device": "cpu", "epochs": 1, "batch_size": 4}
+    options = {**how, "out": str(tmp_path), "architecture": architecture}
+    train_classifier.main(train_classifier.Config(**options))
     images, labels = digits.load_mnist(str(data), train=False)
     found = digits.measure(images, labels, torch.device("cpu"), tmp_path)
     assert found["fd"] == pytest.approx(0, abs=1e-6)
     assert found["diversity"] == pytest.approx(1) and found["samples"] == 20
     net = digits.load_classifier(torch.device("cpu"), tmp_path)
-    assert any(isinstance(m, torch.nn.MaxPool2d) for m in net.modules()) == (
-        architecture == "lenet"
-    )
+    pools = any(isinstance(module, torch.nn.MaxPool2d) for module in net.modules())
+    assert pools == (architecture == "lenet")
