@@ -96,6 +96,11 @@ class Call:
     def __reduce__(self):
         return self.call
 
+    def then(self, state):
+        """The same, and the result is changed to `state`."""
+        self.call = (*self.call, state)
+        return self
+
 
 def edm_network(net: EDMPrecond, dtype=torch.float32, **changed) -> nn.Module:
     """A copy of our network with the attributes and buffers that EDM's has. `changed` constructor
@@ -108,9 +113,9 @@ def edm_network(net: EDMPrecond, dtype=torch.float32, **changed) -> nn.Module:
     for block in network.modules():
         if isinstance(block, UNetBlock):
             block.style, block.skip_scale = None, np.float64(0.5) ** 0.5
-            box = torch.full((1, 1, 2, 2), 0.25, dtype=dtype) if block.resample else None
-            block.conv0.register_buffer("resample_filter", box)
-            block.skip.register_buffer("resample_filter", box)
+            for part in (block.conv0, block.skip):
+                box = torch.full((1, 1, 2, 2), 0.25, dtype=dtype) if block.resample else None
+                part.register_buffer("resample_filter", box)
     return network
 
 
@@ -141,10 +146,6 @@ def pkl(tmp_path):
     return write
 
 
-# --------------------------------------------------------------------------------------------------
-# Pickles
-
-
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_every_protocol_bit_by_bit(tiny, pkl, protocol):
     loss = Call(RECONSTRUCT, {"class_name": "EDMLoss", "state": {"P_mean": -1.2}})
@@ -160,18 +161,11 @@ def test_every_protocol_bit_by_bit(tiny, pkl, protocol):
     equal(load_edm(pkl(data)).state_dict(), tiny)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_become_float32(tiny, pkl, tmp_path, dtype):
-    equal(load_edm(pkl(edm_network(tiny, dtype))).state_dict(), tiny, dtype)
-    path = save(tmp_path / "model.pt", released_state(tiny, "", dtype))
-    equal(load_edm(path, TABLE).state_dict(), tiny, dtype)
-
-
-def test_views_of_a_storage(tiny, pkl):
-    expected = tiny.model.map_layer0.weight.detach()
-    inside = torch.randn(expected.shape[1] + 1, expected.shape[0] + 3)
-    inside[1:, 2:-1] = expected.T
-    equal(load_edm(pkl(with_weight(tiny, inside[1:, 2:-1].T))).state_dict(), tiny)
+def test_other_precisions_become_float32(tiny, pkl, tmp_path):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        equal(load_edm(pkl(edm_network(tiny, dtype))).state_dict(), tiny, dtype)
+        path = save(tmp_path / "model.pt", released_state(tiny, "", dtype))
+        equal(load_edm(path, TABLE).state_dict(), tiny, dtype)
 
 
 def test_what_load_edm_returns(tiny, pkl, tmp_path):
@@ -201,14 +195,12 @@ def test_unsupported_networks(tiny, pkl):
         ({"num_bloks": 3}, "num_bloks"),
         ({"model_type": "VGG"}, "unknown model_type 'VGG'"),
         ({"sigma_data": "0.5"}, "sigma_data must be"),
-        ({"img_resolution": "8"}, "TypeError"),
-        ({"channel_mult_emb": np.float32(0.5)}, "f4"),
         ({"channel_mult_emb": np.int64(8)}, "i8"),
     ):
         refused(pkl(edm_network(tiny, **changed)), word)
     network = edm_network(tiny)
-    for network.class_name in ("VPPrecond", "two\nlines"):
-        refused(pkl(network), repr(network.class_name), "only EDMPrecond is supported")
+    network.class_name = "two\nlines"
+    refused(pkl(network), repr(network.class_name), "only EDMPrecond is supported")
     network = edm_network(tiny)
     network.model.enc["4x4_down"].conv0.resample_filter[0, 0, 0, 0] = 0.3
     refused(pkl(network), "model.enc.4x4_down.conv0.resample_filter", "NCSN++", "'-vp' file")
@@ -231,10 +223,8 @@ def marker(tmp_path):
 
 def payloads(marker: Path) -> dict[str, Call]:
     """Calls that would create `marker`, or hand out the means to, by what they name."""
-    source = f"open({str(marker)!r}, 'w').close()"
     return {
         "posix.system": Call(os.system, f"touch {marker}"),
-        "builtins.eval": Call(eval, source),
         "builtins.getattr": Call(getattr, "text", "upper"),
         "io.open": Call(open, str(marker), "w"),
     }
@@ -246,8 +236,8 @@ def test_foreign_names_are_refused(tiny, pkl, marker, protocol):
         name = name.replace("builtins", "__builtin__") if protocol == 2 else name
         network = edm_network(tiny)
         network.payload = payload
-        refused(pkl(network, protocol), name, "nothing was run")
-        refused(pkl([payload, network], protocol), name, "nothing was run")
+        for value in (network, [payload, network]):
+            refused(pkl(value, protocol), name, "nothing was run")
 
 
 class Persistently(pickle.Pickler):
@@ -269,6 +259,13 @@ def blob(kind=torch.FloatStorage, numel=6, count=6, values=None, keys=("0",), be
     return Call(torch.storage._load_from_bytes, file.getvalue() + struct.pack("<q", count) + values)
 
 
+def saved(value, legacy=False) -> Call:
+    """A whole file of torch.save in the place of a storage."""
+    file = io.BytesIO()
+    torch.save(value, file, _use_new_zipfile_serialization=not legacy)
+    return Call(torch.storage._load_from_bytes, file.getvalue())
+
+
 def tensor(storage, offset=0, shape=(2, 3), stride=(3, 1)) -> Call:
     arguments = (storage, offset, shape, stride, False, OrderedDict())
     return Call(torch._utils._rebuild_tensor_v2, *arguments)
@@ -279,65 +276,41 @@ def test_a_blob_without_lies_is_read(tiny, pkl):
     refused(pkl(with_weight(tiny, tensor(blob()))), "map_layer0.weight (2, 3) instead of")
     data = blob().call[1][0]
     assert edm_files.rebuild(data, 1, (2, 2), (1, 3)).tolist() == [[1, 4], [2, 5]]
-    assert edm_files.rebuild(data, 0, (2, 2), (1, 1)).tolist() == [[0, 1], [1, 2]]
-    assert edm_files.rebuild(data, 1, (), ()).item() == 1
+    assert edm_files.rebuild(data, 5, (), ()).item() == 5
 
 
-def test_a_tensor_must_lie_inside_its_storage(tiny, pkl):
-    for arguments in (
-        (1, (2, 3), (3, 1)), (0, (2, 3), (4, 1)), (-1, (2, 3), (3, 1)), (6, (), ()),
-        (0, (2, 3), (-1, 1)), (0, (0, 3), (3, 1)), (0, (1 << 62, 1 << 62), (1 << 62, 1)),
-    ):  # fmt: skip
-        refused(pkl(with_weight(tiny, tensor(blob(), *arguments))), "reaches beyond")
-    for arguments in ((0, (2, 3), (3,)), (0, (2.0, 3), (3, 1)), (None, (2, 3), (3, 1))):
-        refused(pkl(with_weight(tiny, tensor(blob(), *arguments))), "damaged")
+BEYOND = [
+    (1, (2, 3), (3, 1)), (0, (2, 3), (4, 1)), (-1, (2, 3), (3, 1)), (6, (), ()),
+    (0, (2, 3), (-1, 1)), (0, (0, 3), (3, 1)), (0, (1 << 62, 1 << 62), (1 << 62, 1)),
+]  # fmt: skip
+MALFORMED = [(0, (2, 3), (3,)), (0, (2.0, 3), (3, 1)), (None, (2, 3), (3, 1))]
+LIES = [
+    ({"numel": 1 << 50}, "damaged"), ({"count": 1 << 50}, "damaged"), ({"values": b""}, "damaged"),
+    ({"keys": ("1",)}, "damaged"), ({"numel": 7, "count": 7}, "unexpected EOF"),
+    ({"numel": 5, "count": 5}, "to hold 5 numbers"),
+    ({"keys": (), "values": b""}, "to hold 6 numbers"),  # torch leaves them uninitialised
+]  # fmt: skip
+# BUILD, after the call: of a real tensor, the first would be `set_`, which checks nothing.
+CHANGED = [(blob(), 0, (64, 64), (64, 1)), {"shape": (64, 64)}, (None, {"shape": (64, 64)})]
 
 
-@pytest.mark.parametrize(
-    ("lie", "word"),
-    [
-        (dict(numel=1 << 50), "damaged"),
-        (dict(numel=7, count=7), "unexpected EOF"),
-        (dict(numel=5, count=5), "to hold 5 numbers"),
-        (dict(count=1 << 50), "damaged"),
-        (dict(values=b""), "damaged"),
-        (dict(keys=("1",)), "damaged"),
-        (dict(keys=(), values=b""), "to hold 6 numbers"),  # torch leaves them uninitialised
-    ],
-)
-def test_a_storage_that_lies(tiny, pkl, lie, word):
-    refused(pkl(with_weight(tiny, tensor(blob(**lie)))), word)
-
-
-def test_a_blob_that_enlarges_its_storage(tiny, pkl):
-    """By a tensor beside the storage, made by torch's own function, which checks no bounds."""
-    bad = blob(beside=[(0, (1000,), (1,))])
-    refused(pkl(with_weight(tiny, tensor(bad, 0, (2, 300), (300, 1)))))
+def test_what_is_not_a_tensor_inside_its_storage(tiny, pkl):
+    cases = [(tensor(blob(), *arguments), "reaches beyond") for arguments in BEYOND]
+    cases += [(tensor(blob(**lie)), word) for lie, word in LIES]
+    # By a tensor beside the storage, made by torch's own function, which checks no bounds.
+    cases += [(tensor(blob(beside=[(0, (1000,), (1,))]), 0, (2, 300), (300, 1)), "")]
+    others = [tensor(blob(), *arguments) for arguments in MALFORMED]
+    others += [tensor(blob()).then(state) for state in CHANGED]
+    others += [tensor("text"), tensor(saved(torch.ones(2, 3)))]
+    others += ["text", 1.5, {}, [1, 2], blob(), nn.Module()]
+    for value, word in cases + [(other, "damaged") for other in others]:
+        refused(pkl(with_weight(tiny, value)), word)
 
 
 def test_a_second_pickle_in_a_tensors_bytes(tiny, pkl, marker):
     evil = payloads(marker)["posix.system"]
-    bad = [blob(kind=evil), blob(keys=(evil,))]
-    for legacy in (False, True):  # torch.save of something hostile, in the place of a storage
-        file = io.BytesIO()
-        torch.save(evil, file, _use_new_zipfile_serialization=not legacy)
-        bad.append(Call(torch.storage._load_from_bytes, file.getvalue()))
-    for each in bad:
-        refused(pkl(with_weight(tiny, tensor(each))), "posix.system", "nothing was run")
-
-
-def test_other_things_in_the_place_of_a_tensor(tiny, pkl):
-    """Also tensors that are changed when they have been read: a state is BUILD, after the call."""
-    saved = io.BytesIO()
-    torch.save(torch.ones(2, 3), saved)
-    storages = ["text", b"text", Call(torch.storage._load_from_bytes, saved.getvalue())]
-    things = ["text", 1.5, {}, [1, 2], blob(), nn.Module(), *map(tensor, storages)]
-    # (Of a real tensor, the first would be `set_`, which checks nothing.)
-    for state in ((blob(), 0, (64, 64), (64, 1)), {"shape": (64, 64)}, (None, {"shape": (64, 64)})):
-        things.append(tensor(blob()))
-        things[-1].call = (*things[-1].call, state)
-    for thing in things:
-        refused(pkl(with_weight(tiny, thing)), "damaged")
+    for bad in (blob(kind=evil), blob(keys=(evil,)), saved(evil), saved(evil, legacy=True)):
+        refused(pkl(with_weight(tiny, tensor(bad))), "posix.system", "nothing was run")
 
 
 def test_modules_that_are_no_tree(tiny, pkl):
@@ -363,10 +336,6 @@ def test_no_file_leaves_a_mark_on_the_next(pkl):
         assert not hasattr(stand_in, "mark")
 
 
-# --------------------------------------------------------------------------------------------------
-# Damaged files, and files of other kinds
-
-
 def test_damaged_pickles(tiny, pkl):
     """Missing, truncated anywhere, or with a wrong byte: never another error than a UserError."""
     refused(Path("absent.pkl"), "does not exist")
@@ -386,15 +355,14 @@ def test_damaged_pickles(tiny, pkl):
     ("data", "word"),
     [
         (b"", "neither"),
+        (bytes(100), "neither"),
+        (b"cposix\nsystem\n(S'true'\ntR.", "neither"),  # a pickle of protocol 0
         (b"\n<HTML>", "web page"),
         (b"PK\x03\x04 no zip", "damaged"),
         (b"\x50\x00\x00\x00\x00\x00\x00\x00{" + b" " * 30, "damaged"),
         (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "damaged"),
-        (bytes(100), "neither"),
-        (b"cposix\nsystem\n(S'true'\ntR.", "neither"),  # protocol 0
         (b"\x80\x04N.", "its network ('ema') is None"),
         (b"\x80\x04Pname\n.", "no persistent_load function"),
-        (b"\x80\x04\x8c\x04nameQ.", "no persistent_load function"),
     ],
 )
 def test_files_of_other_kinds(pkl, data, word):
@@ -407,11 +375,7 @@ def test_files_of_other_kinds(pkl, data, word):
 
 def released_state(net: EDMPrecond, prefix: str = "", dtype=torch.float32) -> dict:
     """A state dict as EDM's own classes have it, with the tensors that ours have not."""
-    state = {name: value.to(dtype) for name, value in net.state_dict().items()}
-    for block in ("enc.4x4_down.conv0", "enc.4x4_down.skip", "dec.8x8_up.conv0", "dec.8x8_up.skip"):
-        state[f"model.{block}.resample_filter"] = torch.full((1, 1, 2, 2), 0.25, dtype=dtype)
-    state["model.map_augment.weight"] = torch.ones(16, 9, dtype=dtype)
-    return {prefix + name: value for name, value in state.items()}
+    return {prefix + name: value for name, value in edm_network(net, dtype).state_dict().items()}
 
 
 def save(path: Path, value) -> Path:
@@ -463,13 +427,9 @@ def test_state_dicts_that_fit_nothing(tiny, tmp_path):
     state = released_state(tiny)
     state["model.map_layer0.bias"] = torch.ones(3)
     state["model.extra"] = state.pop("model.map_layer1.bias")
-    words = (
-        "fits no known network; the nearest takes images (3, 8, 8) of 4 classes",
-        "1 missing (model.map_layer1.bias)",
-        "1 surplus (model.extra)",
-        "1 misshapen (model.map_layer0.bias (3,) instead of (64,))",
-    )
-    refused(save(path, state), *words)
+    nearest = "fits no known network; the nearest takes images (3, 8, 8) of 4 classes"
+    misshapen = "1 misshapen (model.map_layer0.bias (3,) instead of (64,))"
+    refused(save(path, state), nearest, "1 missing", "1 surplus (model.extra)", misshapen)
     with pytest.raises(UserError, match="does not say which network"):
         load_edm(path)
     box = {"model.enc.4x4_down.conv0.resample_filter": torch.full((1, 1, 4, 4), 0.25)}
@@ -488,7 +448,5 @@ def test_hostile_files_of_torch(tiny, tmp_path, marker, name):
     big = torch.zeros(1).expand(1 << 45)  # a shape that no memory holds, in a few bytes
     refused(save(tmp_path / name, {**released_state(tiny), "model.big": big}), "1 surplus")
     path = save(tmp_path / name, released_state(tiny))
-    data = path.read_bytes()
-    for length in (100, len(data) // 2, len(data) - 100):
-        path.write_bytes(data[:length])
-        refused(path, "damaged")
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(path, "damaged")

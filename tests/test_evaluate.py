@@ -57,9 +57,8 @@ def test_no_mnist_and_no_network(tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    with pytest.raises(UserError, match=r"four files into .*MNIST/raw.*no route") as raised:
+    with pytest.raises(UserError, match=r"^[^\n]*four files into .*MNIST/raw.*no route[^\n]*$"):
         digits.load_mnist(str(tmp_path), train=True)
-    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.slow
@@ -77,12 +76,10 @@ def test_shipped_networks_make_digits(who):
     assert (logits.argmax(1) == labels).double().mean() >= 0.94
 
 
-def test_shipped_files_are_small_and_say_what_they_are():
-    sizes = {path.name: path.stat().st_size for path in ASSETS.iterdir()}
-    assert sum(sizes.values()) < 5_000_000
-    _, metadata = load_generator(MNIST_GENERATOR)
-    assert json.loads(metadata["kwargs"])["img_resolution"] == 28
-    assert metadata["teacher_sha256"] == load_teacher(get_workload()).record["sha256"]
+def test_shipped_files_are_small_and_belong_together():
+    assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 5_000_000
+    teacher = load_teacher(get_workload()).record["sha256"]
+    assert load_generator(MNIST_GENERATOR)[1]["teacher_sha256"] == teacher
 
 
 def test_a_generator_of_another_teacher_is_not_compared(tmp_path):
