@@ -129,7 +129,8 @@ def test_ranks_share_the_digits(monkeypatch):
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory):
     """A generator of CIFAR-10's shape with small random weights -> its file, its network. Beside it
-    are one of weights that are no numbers, and the beginning of a UNet of Stable Diffusion."""
+    are real images' statistics (of none in particular), a generator whose weights are no numbers
+    and the beginning of a UNet of Stable Diffusion."""
     kwargs = WORKLOADS["cifar10"].network | {
         "model_channels": 16, "num_blocks": 1, "channel_mult": [1, 1], "attn_resolutions": [],
     }  # fmt: skip
@@ -144,15 +145,9 @@ def cifar(tmp_path_factory):
     write_tensors(path.with_name("nan.safetensors"), nan, metadata | {"step": 7})
     unet = {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}
     write_tensors(path.with_name("unet.safetensors"), unet, {})
+    sigma = np.eye(fid.FEATURES) * 0.01
+    np.savez(path.with_name("ref.npz"), mu=np.full(fid.FEATURES, 0.3), sigma=sigma)
     return path, net
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """Statistics of no images in particular, in EDM's layout."""
-    path = tmp_path_factory.mktemp("reference") / "ref.npz"
-    np.savez(path, mu=np.full(fid.FEATURES, 0.3), sigma=np.eye(fid.FEATURES) * 0.01)
-    return path
 
 
 def edm_images(net, seeds, steps=None):
@@ -171,9 +166,9 @@ def edm_images(net, seeds, steps=None):
     return torch.cat(images)
 
 
-def fid_config(cifar, ref, /, **options):
-    config = {"checkpoint": str(cifar[0]), "reference": str(ref), "samples": 9}
-    return evaluate.Config(**config | {"device": "cpu"} | options)
+def fid_config(cifar, /, **options):
+    config = {"checkpoint": str(cifar[0]), "reference": str(cifar[0].with_name("ref.npz"))}
+    return evaluate.Config(**config | {"samples": 9, "device": "cpu"} | options)
 
 
 @pytest.mark.parametrize(
@@ -185,12 +180,12 @@ def fid_config(cifar, ref, /, **options):
         ("untrained", 1, 9, 1, 1),
     ],
 )
-def test_images_are_edms(case, cifar, reference, fast, tmp_path, monkeypatch, capsys):
+def test_images_are_edms(case, cifar, fast, tmp_path, monkeypatch, capsys):
     """On any ranks in any batch, with seeds that pass 2^32."""
     row, count, batch_size, steps, evaluations = case
     (path, net), numbers, start, here = cifar, tmp_path / "n.json", 2**32 - 4, threading.local()
     config = fid_config(
-        cifar, reference, rows=(row,), teacher_weights=str(path), steps=3, batch_size=batch_size,
+        cifar, rows=(row,), teacher_weights=str(path), steps=3, batch_size=batch_size,
         seed=start, json=str(numbers),
     )  # fmt: skip
     monkeypatch.setattr(evaluate, "join_ranks", lambda device: here.ranks)
@@ -210,14 +205,14 @@ def test_images_are_edms(case, cifar, reference, fast, tmp_path, monkeypatch, ca
     assert said == [f"{row}: FID {found['fid']:.2f} (9 images)"]
 
 
-def test_a_teacher_needs_no_generator(cifar, reference, fast, monkeypatch, capsys):
+def test_a_teacher_needs_no_generator(cifar, fast, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "find_generator", lambda given: MNIST_GENERATOR)
     with pytest.raises(UserError, match="makes mnist, not cifar10"):
         evaluate.main(evaluate.Config(dataset="cifar10", device="cpu"))  # the student does
     monkeypatch.setattr(evaluate, "find_generator", None)
     options = {"dataset": "cifar10", "teacher_weights": str(cifar[0]), "steps": 1}
     options |= {"rows": ("teacher",)}
-    evaluate.main(fid_config(cifar, reference, **options | {"checkpoint": None}))
+    evaluate.main(fid_config(cifar, **options | {"checkpoint": None}))
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("generator.safetensors: evaluations 1, 9 images, seed 0")
     assert lines[-1].startswith("teacher: FID ") and lines[-1].endswith(" (9 images)")
@@ -229,32 +224,29 @@ def test_a_teacher_needs_no_generator(cifar, reference, fast, monkeypatch, capsy
 MNIST = {"checkpoint": str(MNIST_GENERATOR)}
 
 
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"rows": ("pupil",)}, "--rows must be one of untrained, teacher, student, not 'pupil'"),
-        ({"steps": 0}, "--steps must be at least 1, not 0"),
-        ({"batch_size": 0}, "--batch-size must be at least 1"),
-        ({"samples": 1}, "--samples must be at least 2, not 1"),
-        ({"seed": -1}, "--seed must be at least 0"),
-        ({"guidance": 2.0}, "--guidance is for sd15"),
-        ({"clip_score": True}, "--clip-score is not for cifar10"),
-        ({"out": "pictures"}, "--out is not for cifar10"),
-        ({"reference": "no.npz"}, "no.npz does not exist"),
-        ({"checkpoint": "no.pt"}, "no.pt does not exist"),
-        ({"dataset": "mnist"}, "makes cifar10, not mnist"),
-        (MNIST | {"dataset": "cifar10"}, "makes mnist, not cifar10"),
-        (MNIST, "--reference is not for mnist"),
-        (MNIST | {"reference": None, "samples": 199}, "--samples must be at least 200"),
-        ({"rows": ("teacher",), "teacher_weights": "no.pkl"}, "no.pkl does not exist"),
-        ({"device": "gpu7"}, "'gpu7' cannot be used"),
-        ({"dataset": "sd15", "rows": ("teacher",), "checkpoint": None}, "a file of --captions"),
-        ({"checkpoint": "unet.safetensors"}, "a file of --captions"),  # before it is loaded
-        ({"checkpoint": "nan.safetensors"}, r"nan\.safetensors \(step 7\) gives NaN"),
-    ],
-)
-def test_bad_input(options, word, cifar, reference, fast, monkeypatch):
+BAD = [
+    ({"rows": ("pupil",)}, "--rows is one of untrained, teacher, student; there is no 'pupil'"),
+    ({"steps": 0}, "--steps must be at least 1, not 0"), ({"seed": -1}, "--seed must be at least"),
+    ({"batch_size": 0}, "--batch-size must be"), ({"samples": 1}, "--samples must be at least 2"),
+    ({"guidance": 2.0}, "--guidance is for sd15"), ({"device": "gpu7"}, "'gpu7' cannot be used"),
+    ({"clip_score": True}, "--clip-score is not for cifar10"),
+    ({"out": "pictures"}, "--out is not for cifar10"),
+    ({"reference": "no.npz"}, "no.npz does not exist"),
+    ({"checkpoint": "no.pt"}, "no.pt does not exist"),
+    ({"rows": ("teacher",), "teacher_weights": "no.pkl"}, "no.pkl does not exist"),
+    ({"dataset": "mnist"}, "makes cifar10, not mnist"),
+    (MNIST | {"dataset": "cifar10"}, "makes mnist, not cifar10"),
+    (MNIST, "--reference is not for mnist"),
+    (MNIST | {"reference": None, "samples": 199}, "--samples must be at least 200"),
+    ({"dataset": "sd15", "rows": ("teacher",), "checkpoint": None}, "a file of --captions"),
+    ({"checkpoint": "unet.safetensors"}, "a file of --captions"),  # before it is loaded
+    ({"checkpoint": "nan.safetensors"}, r"nan\.safetensors \(step 7\) gives NaN"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "word"), BAD)
+def test_bad_input(options, word, cifar, fast, monkeypatch):
     monkeypatch.chdir(cifar[0].parent)
     with pytest.raises(UserError, match=word) as raised:
-        evaluate.main(fid_config(cifar, reference, **options))
+        evaluate.main(fid_config(cifar, **options))
     assert "\n" not in str(raised.value)

@@ -33,11 +33,10 @@ def data(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     for part in ("train", "t10k"):
         pixels = torch.randint(256, (20, 28, 28), dtype=torch.uint8, generator=generator)
-        labels = torch.arange(20, dtype=torch.uint8) % 10
-        header = struct.pack(">4i", 0x803, 20, 28, 28)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.numpy().tobytes())
-        header = struct.pack(">2i", 0x801, 20)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.numpy().tobytes())
+        images = struct.pack(">4i", 0x803, 20, 28, 28) + pixels.numpy().tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
+        labels = struct.pack(">2i", 0x801, 20) + bytes(range(10)) * 2
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     return folder
 
 
