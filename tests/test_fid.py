@@ -70,14 +70,20 @@ def fast(monkeypatch):
     return drawn
 
 
-def write_images(folder, count, seed, size=(32, 32), low=0):
-    """PNG files of noise, half of them in a subfolder -> uint8 (N, 3, H, W) in sorted order."""
+def write_images(folder, count):
+    """PNG files of noise, half of them in a subfolder -> uint8 (N, 3, 32, 32) in sorted order."""
     (folder / "sub").mkdir(parents=True)
-    pixels = np.random.default_rng(seed).integers(low, 256, (count, *size, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
-        name = f"{i:02d}.png" if i < count // 2 else f"sub/{i:02d}.png"
-        Image.fromarray(image).save(folder / name)
+        Image.fromarray(image).save(folder / ("" if i < count // 2 else "sub") / f"{i:02d}.png")
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def fails(path, word, **options):
+    """Assert that a reference is refused in one line with its name and this word."""
+    with pytest.raises(UserError, match=word) as raised:
+        read(path, Projection(), **options)
+    assert "\n" not in str(raised.value) and path.name in str(raised.value)
 
 
 class Hostile:
@@ -135,7 +141,7 @@ def test_statistics_of_a_folder_are_torch_fidelitys(random_weights, tmp_path):
     from torch_fidelity.metric_fid import fid_input_id_to_statistics
     from torch_fidelity.utils import create_feature_extractor
 
-    write_images(tmp_path / "a", 4, seed=1)
+    write_images(tmp_path / "a", 4)
     options = {"feature_extractor_weights_path": str(random_weights), "cuda": False}
     extractor = create_feature_extractor("inception-v3-compat", ["2048"], **options)
     expected = fid_input_id_to_statistics(
@@ -177,10 +183,6 @@ def test_weights_that_are_refused(random_weights, tmp_path, monkeypatch):
     fails("damaged")
 
 
-# --------------------------------------------------------------------------------------------------
-# The distance
-
-
 def features_of(count, seed):
     """Features far from zero, as Inception's are, so that cancellation matters."""
     generator = torch.Generator().manual_seed(seed)
@@ -205,7 +207,7 @@ def test_frechet_distance_is_torch_fidelitys(count):
 
 def test_references_from_file_and_folder_agree(tmp_path):
     """A folder's statistics, on one rank or two, and by way of a file, are those of its images."""
-    images = write_images(tmp_path / "images", 5, seed=7)
+    images = write_images(tmp_path / "images", 5)
     (tmp_path / "images" / "notes.txt").write_text("not an image")
     expected = fid.mean_and_covariance(Projection()(images)[0])
 
@@ -220,13 +222,7 @@ def test_references_from_file_and_folder_agree(tmp_path):
 
 
 def test_bad_references(tmp_path):
-    hostile = np.array([Hostile(tmp_path / "ran")] * 3, dtype=object)
-
-    def fails(name, word):
-        with pytest.raises(UserError, match=word) as raised:
-            read(tmp_path / name)
-        assert "\n" not in str(raised.value) and name in str(raised.value)
-
+    path, hostile = tmp_path / "ref.npz", np.array([Hostile(tmp_path / "ran")] * 3, dtype=object)
     for arrays, word in (
         (dict(mu=MU), "sigma is missing"),
         (dict(sigma=SIGMA), "mu is missing"),
@@ -235,35 +231,30 @@ def test_bad_references(tmp_path):
         (dict(mu=np.array(["a"] * 3), sigma=SIGMA), "is damaged or of another kind"),
         (dict(mu=hostile, sigma=SIGMA[:2]), "is damaged or of another kind"),
     ):
-        np.savez(tmp_path / "arrays.npz", **arrays)
-        fails("arrays.npz", word)
-    whole = (tmp_path / "arrays.npz").read_bytes()
+        np.savez(path, **arrays)
+        fails(path, word)
+    whole = path.read_bytes()
     for data in (b"", b"<html>", whole[: len(whole) // 2], b"\x80\x04cos\nsystem\n."):
-        (tmp_path / "bytes.npz").write_bytes(data)
-        fails("bytes.npz", "is damaged")
+        path.write_bytes(data)
+        fails(path, "is damaged")
     for array in (MU, hostile):
         np.save(tmp_path / "array.npy", array)
-        fails("array.npy", "is damaged")
-    fails("absent.npz", r"absent\.npz does not exist")
+        fails(tmp_path / "array.npy", "is damaged")
+    fails(tmp_path / "absent.npz", r"absent\.npz does not exist")
     assert not (tmp_path / "ran").exists()
 
 
 def test_bad_folders(tmp_path):
-    def fails(word):
-        with pytest.raises(UserError, match=word) as raised:
-            read(tmp_path, Projection(), size=8)
-        assert "\n" not in str(raised.value)
-
-    fails("holds 0 PNG or JPEG")
+    fails(tmp_path, "holds 0 PNG or JPEG", size=8)
     picture = Image.new("RGB", (8, 8), (1, 2, 3))
     picture.save(tmp_path / "a.png")
-    fails("holds 1 PNG or JPEG")
+    fails(tmp_path, "holds 1 PNG or JPEG", size=8)
     Image.new("RGB", (8, 9)).save(tmp_path / "b.JPG")
-    fails(r"b.JPG is \(3, 9, 8\) instead of \(3, 8, 8\)")
+    fails(tmp_path, r"b.JPG is \(3, 9, 8\) instead of \(3, 8, 8\)", size=8)
     (tmp_path / "b.JPG").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    fails("b.JPG is damaged")
+    fails(tmp_path, "b.JPG is damaged", size=8)
     picture.convert("L").save(tmp_path / "b.JPG")  # grey
     (images,) = fid.read_images(tmp_path, 4, Ranks(0, 1, CPU), 8)
     assert images.shape == (2, 3, 8, 8)
     picture.convert("RGBA").save(tmp_path / "c.png")
-    fails("c.png has mode RGBA")
+    fails(tmp_path, "c.png has mode RGBA", size=8)
