@@ -267,6 +267,8 @@ def test_a_blob_without_lies_is_read(tiny, pkl):
     data = blob().call[1][0]
     assert edm_files.rebuild(data, 1, (2, 2), (1, 3)).tolist() == [[1, 4], [2, 5]]
     assert edm_files.rebuild(data, 5, (), ()).item() == 5
+    unread = blob(keys=()).call[1][0]  # torch.load leaves its values uninitialised
+    assert edm_files.rebuild(unread, 1, (2, 2), (1, 3)).tolist() == [[1, 4], [2, 5]]
 
 
 BEYOND = [
@@ -357,7 +359,7 @@ def save(path: Path, value) -> Path:
 def test_state_dicts_of_torch(tiny, tmp_path, name):
     """Bare, in wrappers (DMD2's with its other networks beside it), and a DMD checkpoint's."""
     others = {f"guidance_model.{name}": torch.zeros(3) for name in ("fake_unet.a", "cls.weight")}
-    for prefix in ("", "module.", "feedforward_model.", "module.feedforward_model."):
+    for prefix in ("", "module.", "module.feedforward_model.", "feedforward_model.module."):
         state = released_state(tiny, prefix) | (others if "feedforward" in prefix else {})
         net = load_edm(save(tmp_path / name, state), TABLE)
         equal(net.state_dict(), tiny)

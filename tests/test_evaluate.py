@@ -33,15 +33,13 @@ def test_diversity_is_the_mean_pairwise_distance_within_classes():
 
 
 def test_neighbours():
-    """Real points 0, 1, 2, 10 and generated 1.5, 2.5, 3.25, 30, with balls to the first neighbour;
-    then two samples of one distribution, in several parts."""
+    """To the first neighbour, on a line; then of one distribution, in several parts."""
     real = torch.tensor([[0.0], [1.0], [2.0], [10.0]])  # balls reach 1, 1, 1, 8
-    generated = torch.tensor([[1.5], [2.5], [3.25], [30.0]])  # 1, 0.75, 0.75, 26.75
+    generated = torch.tensor([[1.5], [2.5], [3.25], [30.0], [30.5]])  # 1, 0.75, 0.75, 0.5, 0.5
     found = digits.neighbours(real, generated, k=1)
-    # 1.5 and 2.5 lie in the balls of 1 and 2, 2.5 and 3.25 in that of 10; 30 in none.
-    assert found["precision"] == 3 / 4
-    # 1 and 2 lie in the ball of 1.5, 10 in that of 30 alone; 0 in none.
-    assert found["recall"] == 3 / 4
+    # 1.5 and 2.5 lie in the balls of 1 and 2, 3.25 in that of 10; 30 and 30.5 in none.
+    assert found["precision"] == 3 / 5
+    assert found["recall"] == 2 / 4  # 1 and 2 lie in the ball of 1.5; 0 and 10 in none
     assert found["coverage"] == 3 / 4  # no generated point is within 1 of 0
     same = digits.neighbours(*torch.randn(2, 1500, 8, generator=torch.Generator().manual_seed(0)))
     assert same["coverage"] == pytest.approx(1 - 2**-3, abs=0.03)
