@@ -209,7 +209,7 @@ MNIST = {"checkpoint": str(MNIST_GENERATOR)}
 
 
 BAD = [
-    ({"rows": ("pupil",)}, "--rows is one of untrained, teacher, student; there is no 'pupil'"),
+    ({"rows": ("pupil",)}, "--rows must be one of untrained, teacher, student, not 'pupil'"),
     ({"steps": 0}, "--steps must be at least 1, not 0"), ({"seed": -1}, "--seed must be at least"),
     ({"batch_size": 0}, "--batch-size must be"), ({"samples": 1}, "--samples must be at least 2"),
     ({"guidance": 2.0}, "--guidance is for sd15"), ({"device": "gpu7"}, "'gpu7' cannot be used"),

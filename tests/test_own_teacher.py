@@ -41,7 +41,7 @@ def test_through_every_script(resolution, classes, tmp_path, monkeypatch, fast, 
     how = {"dataset": "edm", "teacher": teacher, "device": "cpu"}
     make_pairs.main(pairs_config(num_pairs=6, steps=2, shard_size=4, out="pairs", **how))
     said = capsys.readouterr().out
-    assert "edm: " in said and "cifar10" in said
+    assert "edm: options that are not given are cifar10's" in said
     y = read_tensors(tmp_path / "pairs/shard_00000.safetensors")[0]
     assert y["y"].shape == (4, 3, resolution, resolution) and ("cond" in y) == bool(classes)
     train.main(tiny_config({"pairs": "pairs"}, "runs/mine", **how, distance="l2", steps=2))
@@ -86,7 +86,7 @@ def test_mistakes(tmp_path, run_here, monkeypatch):
     four = own_network(tmp_path / "four.safetensors", 16, 4)
     for options, words in (
         (["edm"], ["--teacher FILE"]),
-        (["edm", "--teacher", "mine.pkl"], ["mine.pkl is no file here"]),
+        (["edm", "--teacher", "mine.pkl"], ["mine.pkl is not a file"]),
         (["edm", "--teacher", "bare.pt"], ["does not say which network it is of"]),
         (["cifar10", "--teacher", three], ["3x16x16 images of 3 classes", "--dataset edm"]),
     ):
