@@ -62,14 +62,9 @@ def score(x_t: Tensor, mu: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
 
 
 def dm_gradient(
-    x: Tensor,
-    x_t: Tensor,
-    mu_real: Tensor,
-    mu_fake: Tensor,
-    alpha_t: Tensor,
-    sigma_t: Tensor,
+    x: Tensor, x_t: Tensor, mu_real: Tensor, mu_fake: Tensor, alpha_t: Tensor, sigma_t: Tensor,
     weighting: str = "eq8",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Eq. 7 without dG/dtheta: the gradient of the KL divergence w.r.t. each generated sample.
 
     Both scores contain x_t, which cancels. What remains is the difference of the two predictions,
@@ -92,15 +87,9 @@ def dm_gradient(
 
 
 def distribution_matching_loss(
-    mu_real: Callable,
-    mu_fake: Callable,
-    x: Tensor,
-    cond: Tensor | None,
-    *,
-    t: Tensor,
-    noise: Tensor,
-    weighting: str = "eq8",
-) -> Tensor:
+    mu_real: Callable, mu_fake: Callable, x: Tensor, cond: Tensor | None,
+    *, t: Tensor, noise: Tensor, weighting: str = "eq8",
+) -> Tensor:  # fmt: skip
     """Algorithm 2: a surrogate loss whose gradient w.r.t. x is Eq. 7's, divided by B C H W.
 
     Its *value*, 0.5 mean(grad^2), says how far apart the two scores are. It does not measure
@@ -134,14 +123,9 @@ def denoising_weight(alpha_t: Tensor, sigma_t: Tensor, sigma_data: float | None)
 
 
 def denoising_loss(
-    mu_fake: Callable,
-    x: Tensor,
-    cond: Tensor | None,
-    *,
-    t: Tensor,
-    noise: Tensor,
-    sigma_data: float | None = SIGMA_DATA,
-) -> Tensor:
+    mu_fake: Callable, x: Tensor, cond: Tensor | None,
+    *, t: Tensor, noise: Tensor, sigma_data: float | None = SIGMA_DATA,
+) -> Tensor:  # fmt: skip
     """Algorithm 3 and Eq. 6: mu_fake learns to denoise generated samples at all noise levels.
 
     Args:

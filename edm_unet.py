@@ -73,15 +73,9 @@ class UNetBlock(nn.Module):
     before the convolutions: `resample` is None, "down" (2x2 mean) or "up" (pixel repetition)."""
 
     def __init__(
-        self,
-        style: Style,
-        c_in: int,
-        c_out: int,
-        c_emb: int,
-        dropout: float,
-        resample: str | None = None,
-        attention: bool = False,
-    ):
+        self, style: Style, c_in: int, c_out: int, c_emb: int, dropout: float,
+        resample: str | None = None, attention: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.style, self.resample, self.dropout = style, resample, dropout
         self.num_heads = c_out // (style.head_channels or c_out) if attention else 0
@@ -197,20 +191,11 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self,
-        style: Style,
-        img_resolution: int,
-        img_channels: int,
-        label_dim: int,
-        model_channels: int,
-        channel_mult: Sequence[int],
-        num_blocks: int,
-        attn_resolutions: Sequence[int],
-        channel_mult_emb: int = 4,
-        channel_mult_noise: int = 1,
-        dropout: float = 0.10,
-        **variant,
-    ):
+        self, style: Style, img_resolution: int, img_channels: int, label_dim: int,
+        model_channels: int, channel_mult: Sequence[int], num_blocks: int,
+        attn_resolutions: Sequence[int], channel_mult_emb: int = 4, channel_mult_noise: int = 1,
+        dropout: float = 0.10, **variant,
+    ):  # fmt: skip
         super().__init__()
         if other := {k: v for k, v in variant.items() if (k, v) not in VARIANT.items()}:
             raise ValueError(
@@ -308,14 +293,9 @@ class EDMPrecond(nn.Module):
     """
 
     def __init__(
-        self,
-        img_resolution: int,
-        img_channels: int,
-        label_dim: int = 0,
-        model_type: str = "DhariwalUNet",
-        sigma_data: float = SIGMA_DATA,
-        **network,
-    ):
+        self, img_resolution: int, img_channels: int, label_dim: int = 0,
+        model_type: str = "DhariwalUNet", sigma_data: float = SIGMA_DATA, **network,
+    ):  # fmt: skip
         super().__init__()
         if model_type not in NETWORKS:
             raise ValueError(f"unknown model_type {model_type!r}; known: {', '.join(NETWORKS)}")

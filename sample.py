@@ -12,7 +12,6 @@ for Stable Diffusion it includes the text encoder and the decoder. MNIST's defau
     wrote samples.png: 100 images of mnist from runs/mnist/generator.safetensors (step 1000)
 """
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from plumbing.devices import AMP, autocast, pick_amp, pick_device
 from plumbing.drawing import save_grid
-from plumbing.options import Options, UserError, option, run_script
+from plumbing.options import Options, UserError, option, parse_numbers, run_script
 from plumbing.pairs import sample_noise
 from teachers import check_teaches, find_generator, load_generator, load_teacher
 from workloads import Workload, get_workload
@@ -117,15 +116,6 @@ def main(config: Config) -> None:
     source = f"{path} (step {metadata.get('step', '?')})"
     source += ", teacher above student" if config.teacher else ""
     print(f"wrote {where}: {len(seeds)} images of {workload.dataset} from {source}")
-
-
-def parse_numbers(text: str, name: str) -> list[int]:
-    """ "0-3,7" -> [0, 1, 2, 3, 7]."""
-    parts = [re.fullmatch(r" *([0-9]+)(?:-([0-9]+))? *", part) for part in text.split(",")]
-    spans = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part]
-    if not all(parts) or not all(spans) or max(span[-1] for span in spans) >= 2**64:
-        raise UserError(f"--{name} must be like 0-9 or 3,5,8, not {text!r}")
-    return [n for span in spans for n in span]
 
 
 def choose_condition(config: Config, workload: Workload, classes: int, count: int) -> list | None:

@@ -12,13 +12,12 @@ change what the command line gives.
 """
 
 import os
-import re
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 
 from dmd_loss import T_MAX, T_MIN, WEIGHTINGS, T
 from plumbing.devices import AMP
-from plumbing.edm_files import read_edm_file
+from plumbing.edm_files import image_size
 from plumbing.options import Options, UserError, option
 
 ASSETS = Path(__file__).parent / "assets"
@@ -193,18 +192,6 @@ WORKLOADS = {
 
 # What --dataset edm takes from cifar10 or imagenet64.
 EDM_NUMBERS = ROWS["imagenet64"].keys() - {"network", "teacher", "reference"}
-
-
-def image_size(teacher: str) -> int:
-    """Pixels per side of an EDM network's images, from its file or the name of a released one."""
-    if Path(teacher).is_file():
-        _, kwargs, _ = read_edm_file(teacher)
-        if not kwargs:
-            raise UserError(f"{teacher} does not say which network it is of; use a run's file")
-        return kwargs["img_resolution"]
-    if named := re.search(r"-(\d+)x\d+-", teacher):
-        return int(named[1])
-    raise UserError(f"{teacher} is not a file; download it and give its path as --teacher")
 
 
 def get_workload(dataset: str = "mnist", **changed) -> Workload:

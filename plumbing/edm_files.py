@@ -14,6 +14,7 @@ A file that is made to fill the memory or to keep Python busy is not defended ag
 import io
 import json
 import pickle
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -88,6 +89,18 @@ def read_edm_file(path: str | Path) -> tuple[dict[str, Tensor], dict | None, dic
                 stored = stored["model_g"]
                 metadata = {"role": "generator", "sigma": MODEL_G_SIGMA}
         return sampling_tensors(stored), kwargs, metadata
+
+
+def image_size(teacher: str) -> int:
+    """Pixels per side of an EDM network's images, from its file or the name of a released one."""
+    if Path(teacher).is_file():
+        _, kwargs, _ = read_edm_file(teacher)
+        if not kwargs:
+            raise UserError(f"{teacher} does not say which network it is of; use a run's file")
+        return kwargs["img_resolution"]
+    if named := re.search(r"-(\d+)x\d+-", teacher):
+        return int(named[1])
+    raise UserError(f"{teacher} is not a file; download it and give its path as --teacher")
 
 
 def file_format(path: Path) -> str:

@@ -6,6 +6,7 @@ import inspect
 import logging
 import operator
 import os
+import re
 import sys
 import types
 import typing
@@ -117,6 +118,15 @@ def parse(make: Callable, doc: str, flags: str | None = None):
             how["type"] = kind
         parser.add_argument(f"--{flag}" if flag else flag_of(fields[name]), **how)
     return make(**vars(parser.parse_args()))
+
+
+def parse_numbers(text: str, name: str) -> list[int]:
+    """ "0-3,7" -> [0, 1, 2, 3, 7]."""
+    parts = [re.fullmatch(r" *([0-9]+)(?:-([0-9]+))? *", part) for part in text.split(",")]
+    spans = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part]
+    if not all(parts) or not all(spans) or max(span[-1] for span in spans) >= 2**64:
+        raise UserError(f"--{name} must be like 0-9 or 3,5,8, not {text!r}")
+    return [n for span in spans for n in span]
 
 
 def run_script(main: Callable, make: Callable, doc: str, flags: str | None = None):
