@@ -195,7 +195,7 @@ def test_images_are_edms(case, cifar, fast, tmp_path, monkeypatch, capsys):
 def test_a_teacher_needs_no_generator(cifar, fast, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "find_generator", lambda given: MNIST_GENERATOR)
     with pytest.raises(UserError, match="makes mnist, not cifar10"):
-        evaluate.main(evaluate.Config(dataset="cifar10", device="cpu"))  # the student does
+        evaluate.main(evaluate.Config(dataset="cifar10", device="cpu", samples=9))  # a student does
     monkeypatch.setattr(evaluate, "find_generator", None)
     options = {"dataset": "cifar10", "teacher_weights": str(cifar[0]), "steps": 1}
     options |= {"rows": ("teacher",)}
