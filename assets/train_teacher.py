@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dmd_loss import denoising_weight
 from edm_unet import EDMPrecond, heun_sample
 from plumbing.devices import Ranks, pick_device, to
 from plumbing.digits import load_mnist
@@ -82,7 +81,7 @@ def edm_loss(
     """
     sigma = (p_mean + p_std * normal(draws, len(images), 1, 1, 1)).exp().to(images.device)
     noise = normal(draws, *images.shape).to(images.device)
-    weight = denoising_weight(torch.ones_like(sigma), sigma, net.sigma_data)
+    weight = (1 / sigma) ** 2 + 1 / net.sigma_data**2  # EDM's lambda(sigma)
     return (weight * (net(images + sigma * noise, sigma, labels) - images) ** 2).mean()
 
 

@@ -28,7 +28,6 @@ from pygments.lexers import PythonLexer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.reproduce import STEPS, tables
-from plumbing.files import write_bytes
 
 ROOT = Path(__file__).parent.parent
 
@@ -270,5 +269,5 @@ def build() -> str:
 
 
 if __name__ == "__main__":
-    write_bytes(ROOT / "docs/index.html", build().encode())
+    (ROOT / "docs/index.html").write_text(build(), encoding="utf-8")
     print("wrote docs/index.html")
