@@ -29,15 +29,14 @@ NUM_PAIRS = 1000
 STEPS = 1000  # training steps
 B, R = 16, 4  # unpaired and paired samples per step
 LEARNING_RATE = 6e-4  # of G; five times as much for mu_fake, which has to keep up with G
-LAMBDA_REG = 0.5  # weight of the regression loss
-T_MAX = 600  # the paper's 980 spends steps on noise in which no digit can be seen
+LAMBDA_REG, T_MAX = 0.5, 600  # the paper's T_max of 980 spends steps on noise that hides digits
 SEED = 0
 
 torch.manual_seed(SEED)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
-# Algorithm 1, line 1: G and mu_fake start as copies of the teacher, in eval mode: no dropout.
+# Algorithm 1, line 1: G and mu_fake start as copies of the frozen teacher, without its dropout.
 mu_real = EDMDenoiser(load_edm(TEACHER)).eval().to(device)
 G = OneStepGenerator(copy.deepcopy(mu_real)).eval().requires_grad_(True)
 mu_fake = copy.deepcopy(mu_real).requires_grad_(True)
@@ -57,7 +56,8 @@ for step in tqdm(range(STEPS), "train"):
     z, noise, noise_fake = torch.randn(3, B, *shape, device=device)
     u, u_fake = torch.rand(2, B, device=device)
     t, t_fake = dm_noise_levels(u, T_MAX), all_noise_levels(u_fake)
-    cond, k = torch.randint(classes, (B,)).to(device), torch.randint(NUM_PAIRS, (R,)).to(device)
+    cond = torch.randint(classes, (B,), device=device)
+    k = torch.randint(NUM_PAIRS, (R,), device=device)
     z_ref, y_ref, cond_ref = pairs_z[k], pairs_y[k], pairs_cond[k]
 
     with autocast:
@@ -68,11 +68,11 @@ for step in tqdm(range(STEPS), "train"):
         loss_kl = distribution_matching_loss(mu_real, mu_fake, x, cond, t=t, noise=noise)
         loss_reg = regression_loss(x_ref, y_ref, l2_distance)
     (loss_kl + LAMBDA_REG * loss_reg).backward()
-    torch.nn.utils.clip_grad_norm_(G.parameters(), 10)
+    torch.nn.utils.clip_grad_norm_(G.parameters(), 10)  # Appendix B
     adam_G.step()
     adam_G.zero_grad()
     for mean, weight in zip(average.parameters(), G.parameters(), strict=True):
-        mean.lerp_(weight.detach(), 1 - (1 - 1 / (step + 1)) ** 4)  # over the last quarter
+        mean.lerp_(weight.detach(), 1 - (1 - 1 / (step + 1)) ** 4)  # the last 1/4 of the steps
 
     # 4. Denoise the generated samples (Eq. 6): the same x, detached.
     with autocast:
@@ -84,7 +84,7 @@ for step in tqdm(range(STEPS), "train"):
     adam_fake.step()
     adam_fake.zero_grad()
 
-with torch.no_grad():  # rows: the teacher's solutions, G of the same noise, G of fresh noise
-    z, y, cond = pairs_z[:20], pairs_y[:20], pairs_cond[:20]
-    rows = torch.cat([y, average(z, cond), average(torch.randn_like(z), cond)])
+# Rows: the teacher's solutions, G of the same noise, G of fresh noise.
+z, y, cond = pairs_z[:20], pairs_y[:20], pairs_cond[:20]
+rows = torch.cat([y, average(z, cond), average(torch.randn_like(z), cond)])
 save_image(rows, "minimal.png", nrow=20, normalize=True, value_range=(-1, 1))

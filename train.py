@@ -164,7 +164,7 @@ def draw_batch(run: Run, step: int, rows: Sequence[int], rows_ref: Sequence[int]
     config, teacher, pairs = run.config.at(step), run.teacher, run.pairs
     shape, line_4 = teacher.image_shape, config.kl_on_pairs
     u, noises = draw_rows("unpaired", config.seed, step, rows, (3, *shape))
-    of_ref = (3, *shape) if line_4 else (3, 0)
+    of_ref = (3, *shape) if line_4 else (3, 0)  # otherwise paired rows need no noise
     u_ref, noises_ref = draw_rows("paired", config.seed, step, rows_ref, of_ref)
     z_ref, y_ref, cond_ref = pairs.batch((u_ref[:, 0] * len(pairs)).long().tolist())
     if teacher.num_classes:  # uniform class labels
@@ -175,11 +175,9 @@ def draw_batch(run: Run, step: int, rows: Sequence[int], rows_ref: Sequence[int]
         cond = None
     if line_4:
         u, noises = torch.cat([u, u_ref]), torch.cat([noises, noises_ref])
-    batch = [
-        noises[: len(rows), 0], z_ref, y_ref, teacher.encode(cond),
-        dm_noise_levels(u[:, 1], config.max_dm_step), noises[:, 1],
-        all_noise_levels(u[:, 2]), noises[:, 2],
-    ]  # fmt: skip
+    (_, u, u_fake), (z, noise, noise_fake) = u.unbind(1), noises.unbind(1)
+    t, t_fake = dm_noise_levels(u, config.max_dm_step), all_noise_levels(u_fake)
+    batch = [z[: len(rows)], z_ref, y_ref, teacher.encode(cond), t, noise, t_fake, noise_fake]
     return Batch(*to(run.ranks.device, *batch))
 
 
