@@ -1,15 +1,15 @@
 """Distribution Matching Distillation (Yin et al., CVPR 2024, arXiv 2311.18828): the losses.
 
-This file is the paper: Eq. 3 to 9, Algorithms 2 and 3, and the one-step generator of Section 3.1.
+This file is the heart of the paper: Eq. 3 to 9, Algorithms 2 and 3, and Section 3.1's generator.
 It knows no network and no dataset. A denoiser `mu` is anything with
 
     mu(x_t, t, cond) -> estimate of the clean x_0       x_t (B, C, H, W), t (B,) long in 0 .. T-1
     mu.alpha, mu.sigma                                  its noise table, (T,) each
     mu.z_scale                                          x_{T-1} is z_scale * z for z ~ N(0, I)
 
-(mean prediction; Eq. 11 turns a noise prediction into it). Three take part: mu_real, the frozen
-teacher, whose score points towards real data; mu_fake, which follows the generator and whose score
-points towards generated data; and the one inside G, which is called once, at t = T-1.
+This is mean prediction; Eq. 11 turns a noise prediction into it. There are three denoisers. The
+score of mu_real, the frozen teacher, points towards real data. The score of mu_fake, which learns
+from the generator's samples, points towards these. The third is inside G, which calls it at T-1.
 
 All losses are computed in float32, whatever dtype the networks ran in.
 """
@@ -21,22 +21,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 T = 1000  # number of discrete noise levels, t = 0 .. T-1, larger is noisier
-T_MIN, T_MAX = round(0.02 * T), round(0.98 * T)  # of the KL gradient, Eq. 7
-SIGMA_DATA = 0.5  # standard deviation of the data, as EDM takes it and Algorithm 3 prints it
+T_MIN, T_MAX = round(0.02 * T), round(0.98 * T)  # range of t in the KL gradient, Eq. 7
+SIGMA_DATA = 0.5  # standard deviation of the data, as in EDM and Algorithm 3
 
-# w_t of Eq. 7, where m = |mu_real - x|_1 / (C S) of each sample; all of them (B, 1, 1, 1).
+# w_t of Eq. 7. m = |mu_real - x|_1 / (C S) for each sample; all shapes are (B, 1, 1, 1).
 WEIGHTINGS = {
     "eq8": lambda alpha_t, sigma_t, m: sigma_t**2 / alpha_t / m,  # Eq. 8, the paper's choice
-    # As in Algorithm 2, for Stable Diffusion; the same as eq8 for EDM, whose alpha_t is 1.
+    # Algorithm 2, for Stable Diffusion. For EDM, whose alpha_t is 1, it equals eq8.
     "alg2": lambda alpha_t, sigma_t, m: sigma_t**2 / alpha_t**2 / m,
-    # Table 2 compares with these two.
+    # The alternatives in Table 2.
     "dreamfusion": lambda alpha_t, sigma_t, m: sigma_t / alpha_t,
     "prolificdreamer": lambda alpha_t, sigma_t, m: sigma_t**3 / alpha_t,
 }
 
 
 class OneStepGenerator(nn.Module):
-    """Section 3.1: G(z) = mu(z, T-1), which starts as a copy of the teacher."""
+    """Section 3.1: G(z) = mu(z, T-1), where mu starts as a copy of the teacher."""
 
     def __init__(self, mu: nn.Module):
         super().__init__()
@@ -49,15 +49,13 @@ class OneStepGenerator(nn.Module):
 
 
 def forward_diffusion(x: Tensor, noise: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """Eq. 3: x_t ~ N(alpha_t x, sigma_t^2 I), given noise ~ N(0, I) like x (B, C, H, W)."""
+    """Eq. 3: x_t ~ N(alpha_t x, sigma_t^2 I), if noise ~ N(0, I); x, noise, x_t (B, C, H, W)."""
     return alpha_t * x + sigma_t * noise
 
 
 def score(x_t: Tensor, mu: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
     """Eq. 4 and 5: s(x_t, t) = -(x_t - alpha_t mu(x_t, t)) / sigma_t^2, the gradient of log p_t.
-
-    Here mu (B, C, H, W) is the denoiser's *prediction* for x_t; alpha_t, sigma_t (B, 1, 1, 1).
-    """
+    Here mu (B, C, H, W) is the denoiser's *prediction* for x_t; alpha_t, sigma_t (B, 1, 1, 1)."""
     return -(x_t - alpha_t * mu) / sigma_t**2
 
 
@@ -67,11 +65,11 @@ def dm_gradient(
 ) -> Tensor:  # fmt: skip
     """Eq. 7 without dG/dtheta: the gradient of the KL divergence w.r.t. each generated sample.
 
-    Both scores contain x_t, which cancels. What remains is the difference of the two predictions,
-    times w_t alpha_t^2 / sigma_t^2.
+    Both scores contain x_t, which cancels. The result is w_t alpha_t^2 / sigma_t^2 times the
+    difference mu_fake - mu_real.
 
     Args:
-        x, x_t: generated samples, and the same diffused (Eq. 3); (B, C, H, W) each.
+        x, x_t: generated samples before and after diffusion (Eq. 3), (B, C, H, W) each.
         mu_real, mu_fake: the two denoisers' *predictions* for x_t, (B, C, H, W).
         alpha_t, sigma_t: (B, 1, 1, 1), above 0.
         weighting: w_t, a key of WEIGHTINGS.
@@ -115,9 +113,8 @@ def distribution_matching_loss(
 
 
 def denoising_weight(alpha_t: Tensor, sigma_t: Tensor, sigma_data: float | None) -> Tensor:
-    """The weight of Eq. 6 with which the base model was trained. EDM's, lambda(sigma), is SNR + 1 /
-    sigma_data^2. With sigma_data = None it is the SNR (SD v1.5), which makes Eq. 6 the mean squared
-    error of the noise."""
+    """The weight over t in Eq. 6, as in the base model's training: EDM's lambda(sigma) = SNR +
+    1 / sigma_data^2. Without sigma_data (SD v1.5), it is the SNR: Eq. 6 is then the MSE of eps."""
     snr = (alpha_t / sigma_t) ** 2
     return snr if sigma_data is None else snr + 1 / sigma_data**2
 
@@ -147,8 +144,8 @@ def denoising_loss(
 
 def regression_loss(x_ref: Tensor, y_ref: Tensor, distance: Callable) -> Tensor:
     """Eq. 9: the mean distance between x_ref = G(z_ref), attached to the generator's graph, and
-    y_ref, the teacher's ODE solution for the same z_ref; (B, C, H, W) each -> float32 scalar.
-    `distance` may return any shape, as l2_distance and lpips_distance do."""
+    y_ref, the teacher's ODE solution for z_ref; (B, C, H, W) each -> float32 scalar. `distance` is
+    l2_distance, lpips_distance or the like, and may return any shape."""
     return distance(x_ref.float(), y_ref.detach().float()).mean()
 
 
@@ -160,8 +157,8 @@ def l2_distance(x: Tensor, y: Tensor) -> Tensor:
 def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> Tensor:
     """LPIPS as in Section 3.3: in float32, on images upsampled bilinearly to VGG's 224x224.
 
-    The paper takes PIQ's LPIPS "following Song et al.", who use average pooling in the VGG; it does
-    not say whether DMD does. The lpips package has VGG's own max pooling.
+    The paper uses PIQ's LPIPS "following Song et al.", who replace the VGG's max pooling by average
+    pooling. It does not say whether DMD does so. The lpips package has max pooling.
 
     Args:
         network: LPIPS (Zhang et al. 2018, arXiv 1801.03924), frozen, for RGB images in [-1, 1].
@@ -179,12 +176,12 @@ def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> 
 
 
 def dm_noise_levels(u: Tensor, t_max: int = T_MAX) -> Tensor:
-    """t ~ U(T_min, T_max) of Eq. 7 without T_max itself; u (B,) uniform in [0, 1) -> (B,) long."""
+    """Eq. 7's t ~ U(T_min, T_max), excluding T_max; u (B,) uniform in [0, 1) -> (B,) long."""
     return T_MIN + (u * (t_max - T_MIN)).long()
 
 
 def all_noise_levels(u: Tensor) -> Tensor:
-    """t ~ U(0, 1) in line 8 of Algorithm 1: any of the T levels; u as above -> (B,) long."""
+    """Line 8 of Algorithm 1, t ~ U(0, 1): any of the T levels; u (B,) as above -> (B,) long."""
     return (u * T).long()
 
 

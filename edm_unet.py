@@ -6,13 +6,13 @@ Read it bottom up beside Karras et al. 2022 (arXiv 2206.00364, "EDM"):
     heun_sample   EDM Algorithm 1 (Algorithm 2 with S_churn = 0): the teacher's ODE solution
     EDMPrecond    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7 and Table 1
     UNet          F, in two styles, both in EDM's variant:
-        DDPMPP    "DDPM++" of Song et al. 2021 (arXiv 2011.13456, appendix C): MNIST, CIFAR-10
+        DDPMPP    "DDPM++" of Song et al. 2021 (arXiv 2011.13456, appendix H): MNIST, CIFAR-10
         ADM       of Dhariwal and Nichol 2021 (arXiv 2105.05233, section 3): ImageNet-64
-    UNetBlock     the residual block that they are made of
+    UNetBlock     the residual block of both
 
 Parameter names are EDM's (`model.enc.32x32_block0.conv0.weight`, ...), so its files load strictly.
-Two things in them have no counterpart here: the augmentation embedding, which sampling never uses,
-and the constant 2x2 box filters, which are an average pool and a pixel repetition here.
+Two of their parts are left out: the augmentation embedding, which sampling never uses, and the
+constant 2x2 box filters, which an average pool and a pixel repetition replace.
 """
 
 import math
@@ -36,10 +36,7 @@ SIGMA_MAX = 80.0  # EDM's largest noise level, where sampling starts
 
 def positional_embedding(c_noise: Tensor, width: int, ddpmpp: bool) -> Tensor:
     """Sines and cosines of c_noise (B,) at geometric frequencies from 1 to 1e-4 -> (B, width).
-
-    DDPM++ has the sines first and reaches 1e-4 at its last frequency; ADM has the cosines first and
-    stops one step short of it.
-    """
+    DDPM++ puts the sines first and reaches 1e-4. ADM puts the cosines first and stops one short."""
     half = width // 2
     k = torch.arange(half, dtype=torch.float32, device=c_noise.device)
     angles = c_noise.float()[:, None] * 10000 ** (-k / (half - 1 if ddpmpp else half))
@@ -48,7 +45,7 @@ def positional_embedding(c_noise: Tensor, width: int, ddpmpp: bool) -> Tensor:
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """Group normalisation over groups of at least four channels, at most 32 groups."""
+    """Group normalisation with up to 32 groups of at least four channels."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
@@ -69,8 +66,8 @@ ADM = Style(False, 1e-5, True, 1.0, False, head_channels=64, attends_always=True
 
 
 class UNetBlock(nn.Module):
-    """Residual block with noise embedding, optional self-attention and optional 2x resampling
-    before the convolutions: `resample` is None, "down" (2x2 mean) or "up" (pixel repetition)."""
+    """Residual block with noise embedding, optional self-attention and optional 2x resampling.
+    `resample` is None, "down" (2x2 mean) or "up" (pixel repetition)."""
 
     def __init__(
         self, style: Style, c_in: int, c_out: int, c_emb: int, dropout: float,
@@ -100,9 +97,9 @@ class UNetBlock(nn.Module):
 
     def _attention(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        # The channels of qkv are ordered (head, channel, q/k/v); q/k/v varies fastest.
+        # EDM's qkv has its channels in the order (head, channel, q/k/v).
         qkv = self.qkv(self.norm2(x)).reshape(b, self.num_heads, c // self.num_heads, 3, h * w)
-        # Fused kernels need consecutive channels; the fallback stores HW x HW matrices.
+        # Fused kernels need consecutive channels; without them HW x HW matrices are stored.
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # 3 x (B, heads, HW, C/heads)
         a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C/heads)
         return self.proj(a.transpose(2, 3).reshape(b, c, h, w))
@@ -126,14 +123,14 @@ class UNetBlock(nn.Module):
 def build_unet(
     style: Style, R: int, stem: nn.Conv2d, widths: list, num_blocks: int, attn_resolutions, **how
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-    """The encoder and decoder tables of both networks, under EDM's names.
+    """Build the encoder and the decoder of either style, as tables under EDM's names.
 
-    With R = img_resolution, level L has resolution r = R >> L and widths[L] channels:
+    Level L has resolution r = R >> L and widths[L] channels, where R is img_resolution:
 
         enc:  {R}x{R}_conv,  then per level   [{r}x{r}_down]  {r}x{r}_block0 .. block{n-1}
         dec:  {r}x{r}_in0 _in1 at the lowest, {r}x{r}_up at every other, then  block0 .. block{n}
 
-    Every decoder `block` also takes one encoder output, from the last to the first.
+    Every decoder `block` also takes one of the encoder's outputs, last in, first out.
     """
     block = partial(UNetBlock, style, **how)
     enc, dec = nn.ModuleDict({f"{R}x{R}_conv": stem}), nn.ModuleDict()
@@ -164,7 +161,7 @@ def build_unet(
 
 
 def initialise(net: nn.Module, output_scale: float) -> None:
-    """Xavier-uniform weights, zero biases; residual branches and the output start at ~zero."""
+    """Xavier-uniform weights, zero biases; residual branches and the output start near zero."""
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -186,8 +183,8 @@ class UNet(nn.Module):
         num_blocks: residual blocks per resolution (one more in the decoder).
         attn_resolutions: resolutions with self-attention.
         channel_mult_emb, channel_mult_noise: widths of the embedding and of the noise encoding.
-        dropout: rate during training of the denoiser; DMD runs every network in eval mode.
-        **variant: other arguments that EDM's files record; each must be as in VARIANT.
+        dropout: rate in training mode; DMD runs every network in eval mode.
+        **variant: other arguments in EDM's files; each must be as in VARIANT.
     """
 
     def __init__(
@@ -251,7 +248,7 @@ class UNet(nn.Module):
         return conv(F.silu(norm(x)))
 
 
-# The networks by their names in EDM's files, with defaults for arguments that these may omit.
+# The networks by their names in EDM's files, with defaults for arguments that the files may omit.
 NETWORKS = {
     "SongUNet": (DDPMPP, dict(
         model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16],
@@ -261,13 +258,13 @@ NETWORKS = {
     )),
 }  # fmt: skip
 
-# Other arguments in EDM's files. These must have these values ...
+# Arguments in EDM's files that must have these values.
 VARIANT = dict(
     embedding_type="positional", encoder_type="standard", decoder_type="standard",
     resample_filter=[1, 1],
 )  # fmt: skip
-# ... and these do not matter: precision is the caller's choice (torch.autocast), any sigma > 0 is
-# accepted, and sampling neither augments nor drops labels.
+# Arguments in EDM's files that do not matter here: the caller chooses the precision by autocast,
+# any sigma > 0 is accepted, and sampling neither augments nor drops labels.
 IGNORED = ("use_fp16", "sigma_min", "sigma_max", "augment_dim", "label_dropout")
 
 
@@ -277,7 +274,7 @@ IGNORED = ("use_fp16", "sigma_min", "sigma_max", "augment_dim", "label_dropout")
 
 def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """EDM Table 1, column "Ours": c_skip, c_out, 1 / c_in and c_noise, all in sigma's shape.
-    (Dividing by 1 / c_in rounds once; computing c_in and multiplying by it would round twice.)"""
+    (Dividing x by 1 / c_in rounds once; multiplying it by c_in would round twice.)"""
     norm = (sigma**2 + sigma_data**2).sqrt()
     return (sigma_data / norm) ** 2, sigma * sigma_data / norm, norm, sigma.log() / 4
 
@@ -325,9 +322,8 @@ class EDMPrecond(nn.Module):
         """Estimate the clean images, (B, C, R, R) float32.
 
         Args:
-            x: noisy images (B, C, R, R): clean images in [-1, 1] plus sigma * N(0, I).
-            sigma: noise level > 0: a number, (B,) or (B, 1, 1, 1).
-            class_labels: (B,) long, (B, label_dim) one-hot, or None.
+            x: clean images in [-1, 1] plus sigma * N(0, I), (B, C, R, R).
+            sigma: a number, (B,) or (B, 1, 1, 1), above 0; class_labels: see one_hot.
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
@@ -349,16 +345,15 @@ def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = SIGMA_MAX
 
 @torch.no_grad()
 def heun_sample(net, z: Tensor, class_labels: Tensor | None = None, steps: int = 18) -> Tensor:
-    """EDM Algorithm 1: Heun's second-order solution of the probability-flow ODE dx = (x-D)/sigma.
-
-    Deterministic (Algorithm 2 with S_churn = 0), 2 * steps - 1 network evaluations.
+    """EDM Algorithm 1, which is Algorithm 2 with S_churn = 0: Heun's second-order method for the
+    probability-flow ODE dx/dsigma = (x - D) / sigma, with 2 * steps - 1 network evaluations.
 
     Args:
-        net: D(x; sigma, class_labels), e.g. EDMPrecond, or any closed form.
-        z: unit-variance noise (B, C, R, R). Starts at 80 z; `steps` levels lead to 0.002, then 0.
+        net: D(x; sigma, class_labels), such as EDMPrecond or a closed form.
+        z: N(0, I), (B, C, R, R). x starts at 80 z; `steps` levels go from 80 to 0.002, then to 0.
 
     Returns:
-        y, the ODE's solution (B, C, R, R) in float32; the state is kept in float64.
+        y, the ODE's solution (B, C, R, R) in float32; x is float64 in between.
     """
     sigmas = [*karras_sigmas(steps).flip(0).tolist(), 0.0]
     x = z.double() * sigmas[0]
@@ -372,7 +367,7 @@ def heun_sample(net, z: Tensor, class_labels: Tensor | None = None, steps: int =
 
 
 class EDMDenoiser(nn.Module):
-    """An EDM network in DMD's terms: mu(x_t, t, cond), estimate of x_0 at T discrete noise levels.
+    """An EDM network in DMD's terms: mu(x_t, t, cond) estimates x_0 at T discrete noise levels.
 
     Buffers `alpha` (T,) = 1 and `sigma` (T,) = karras_sigmas(T): the forward process of Eq. 3.
     `z_scale` = sigma_{T-1} = sigma_max: x_{T-1} is z_scale * z for z ~ N(0, I).

@@ -1,34 +1,30 @@
 """Measure the one-step generator and its teacher.
 
     python evaluate.py                    the newest run, or the shipped MNIST generator
-    python evaluate.py --rows student     the student alone, without the slow teacher
+    python evaluate.py --rows student     without the teacher, which is slow
     torchrun --nproc-per-node 8 evaluate.py --checkpoint runs/imagenet64
     torchrun --nproc-per-node 8 evaluate.py --dataset imagenet64 --rows teacher --steps 256
     torchrun --nproc-per-node 8 evaluate.py --checkpoint runs/sd15 --captions captions.txt \
         --reference val2014 --clip-score
 
-A row of the results is the student (1 evaluation of the network), the teacher (N Heun steps,
-2 N - 1 evaluations) or the untrained student (G before training: one step of the teacher).
+A row of the results is the student (1 evaluation of the network), the teacher (2 N - 1 evaluations
+in N Heun steps) or the untrained student (G before training, which is one step of the teacher).
 
 CIFAR-10 and ImageNet-64: FID by EDM's protocol (see plumbing/fid.py). EDM measures it three times:
 add --seed 50000 for the second and --seed 100000 for the third. The last line:
 
     student: FID 2.62 (50000 images)
 
-Stable Diffusion: one picture for each of COCO's captions, or of your own (plumbing/captions.py).
-The pictures are kept, so an interrupted command can be resumed. FID needs a folder of real images;
-FID and --clip-score each need an optional package. The last line:
+Stable Diffusion: one picture for each caption, COCO's or your own (see plumbing/captions.py). The
+pictures are kept, so an interrupted command resumes. FID needs a folder of real images. FID and
+--clip-score each need an optional package. The last line:
 
     student: ... ms per image (batch 1), FID ..., CLIP score ... (30000 images)
 
-MNIST (minutes on 2 CPU cores; the student alone, less than one): three figures, for all rows on the
-same noise and labels. The last line:
+MNIST (minutes on 2 CPU cores, less than one for the student alone): the three figures that
+docs/details.md defines. All rows have the same noises and labels. The last line:
 
     student: FD 0.99, accuracy 98.25%, diversity 0.971
-
-    FD         Frechet distance as in FID, but between features of a small MNIST classifier
-    accuracy   share of images that the classifier assigns to the class they were made for
-    diversity  mean pairwise distance of images within a class, over that of test images
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -62,13 +58,13 @@ class Config(Options):
 
     checkpoint: str | None = option(None, "folder, file, https:// or hf:// (default: newest run)")
     dataset: str | None = option(None, "measure its teacher, without a generator", tuple(WORKLOADS))
-    captions: str | None = option(None, "sd15: text file, one caption per line (.gz too)")
+    captions: str | None = option(None, "sd15: text file or .gz, one caption per line")
     rows: tuple[str, ...] = option((), "what to measure (default: student; mnist: all)", ROWS)
     samples: int | None = option(None, "images per row (50000; mnist: 10000; sd15: all)", least=1)
     seed: int = option(0, "seed of the noise; FID: of the first image", least=0, below=2**64)
     reference: str | None = option(None, "FID: .npz or folder of real images (default: EDM's .npz)")
     out: str = option("captions", "sd15: folder of the pictures, with a subfolder per row")
-    clip_score: bool = option(False, "sd15: measure the CLIP score too")
+    clip_score: bool = option(False, "sd15: also measure the CLIP score")
     teacher_weights: str | None = option(None, "teacher weights (default: the dataset's own)")
     steps: int | None = option(None, "steps of the teacher (default: the dataset's)", least=1)
     guidance: float | None = option(None, "sd15: the teacher's (default: the dataset's)", above=0)
@@ -80,7 +76,7 @@ class Config(Options):
 
 
 def complete(config: Config, workload: Workload, device: torch.device) -> Config:
-    """Fill in what the workload and the device decide, and check that the options fit them."""
+    """Fill in what depends on the workload and the device, and check that the options fit."""
     mnist, latent = workload.dataset == "mnist", workload.latent
     for name, unused in {"reference": mnist, "out": not latent, "clip_score": not latent}.items():
         if unused and getattr(config, name) != getattr(Config, name):
@@ -122,13 +118,13 @@ class Row:
     name: str  # one of ROWS
     solve: Callable  # noise (B, C, H, W); labels (B,), prompts or None -> images, about [-1, 1]
     evaluations: int  # of the network, per image
-    source: str  # where its weights are from, as printed
-    sha256: str  # hash of the file of its weights
-    net: nn.Module  # has image_shape, the noise's (C, H, W), and, of EDM, label_dim
+    source: str  # where its weights come from, as printed
+    sha256: str  # hash of the file of weights
+    net: nn.Module  # has image_shape, (C, H, W) of the noise; EDM's also has label_dim
 
 
 def load_rows(config: Config, device: torch.device) -> tuple[Config, list[Row]]:
-    """The completed config, and the rows that it asks for, on the device."""
+    """Load the rows that the config asks for -> the completed config, the rows on the device."""
     dataset, path, rows = config.dataset, None, {}
     if config.checkpoint or "student" in (config.rows or ROWS) or not (dataset or config.captions):
         path = find_generator(config.checkpoint)
@@ -149,7 +145,7 @@ def load_rows(config: Config, device: torch.device) -> tuple[Config, list[Row]]:
     given |= {"guidance": config.guidance, "decoder": "full"}
     given = {name: value for name, value in given.items() if value is not None}
     workload = get_workload(dataset or "sd15", **given)
-    config = complete(config, workload, device)  # finds mistakes before a teacher is downloaded
+    config = complete(config, workload, device)  # reports mistakes before a teacher is downloaded
     with_teacher = set(config.rows) != {"student"}
     if latent or with_teacher:  # a student of sd15 needs the text encoder and the decoder
         teacher = load_teacher(workload, with_unet=with_teacher).to(device, config.amp)
@@ -175,7 +171,7 @@ def text_to_image(teacher, solve: Callable, z: Tensor, prompts: list[str]) -> Te
 
 @torch.inference_mode()
 def draw(row: Row, config: Config, device: torch.device, numbers: Sequence[int]) -> Tensor:
-    """Images (B, C, H, W), about [-1, 1]; that of number k depends on seed, k and caption k."""
+    """Draw images (B, C, H, W), about [-1, 1]. Image k depends on the seed, k and caption k."""
     shape = row.net.image_shape
     if config.prompts or config.dataset == "mnist":
         z = sample_noise("evaluation", config.seed, numbers, shape)
@@ -192,14 +188,14 @@ def draw(row: Row, config: Config, device: torch.device, numbers: Sequence[int])
 
 
 def draw_share(row: Row, config: Config, ranks: Ranks) -> Iterator[Tensor]:
-    """This rank's share of a row's images, batch by batch: uint8 (B, C, H, W), on its device."""
+    """Draw this rank's share of a row, batch by batch: uint8 (B, C, H, W), on its device."""
     share = ranks.share(config.samples)
     for i in tqdm(range(0, len(share), config.batch_size), desc=row.name, disable=ranks.rank > 0):
         yield to_uint8(draw(row, config, ranks.device, share[i : i + config.batch_size]))
 
 
 def describe(row: Row, config: Config, device: torch.device) -> dict:
-    """All that a row's images depend on. It is stored with their figures and in their folder."""
+    """Everything that a row's images depend on, to be stored with the figures or the images."""
     about = {
         "dataset": config.dataset, "row": row.name, "source": row.source, "weights": row.sha256,
         "evaluations": row.evaluations, "count": config.samples, "seed": config.seed,
@@ -227,7 +223,7 @@ def measure_digits(row: Row, config: Config, ranks: Ranks) -> tuple[dict, str]:
 
 
 def measure_fid(row: Row, config: Config, ranks: Ranks, network, real) -> tuple[dict, str]:
-    """FID; `network` is fid.inception's, `real` what fid.read_reference returns."""
+    """FID. `network` comes from fid.inception, and `real` from fid.read_reference."""
     images = (batch.expand(-1, 3, -1, -1) for batch in draw_share(row, config, ranks))
     drawn = fid.feature_statistics(images, network, ranks)
     if ranks.rank > 0:
@@ -237,7 +233,7 @@ def measure_fid(row: Row, config: Config, ranks: Ranks, network, real) -> tuple[
 
 
 def measure_captions(row: Row, config: Config, ranks: Ranks) -> tuple[dict, str]:
-    """Draw the missing pictures, then measure latency, FID and CLIP score."""
+    """Draw the missing pictures, and measure latency, FID and CLIP score."""
     folder = Path(config.out) / row.name
     if ranks.rank == 0:
         claim_folder(folder, "meta.json", describe(row, config, ranks.device), may_grow=("count",))

@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 8 make_pairs.py --dataset imagenet64      on eight GPUs
     python make_pairs.py --dataset sd15 --prompts captions.txt --guidance 3
 
-For pair k, z ~ N(0, I) is drawn from (seed, k), and y is the teacher's deterministic ODE solution
-for z: by EDM's Heun solver, or by guided PNDM for Stable Diffusion, whose y are latents. Pair k has
-class k mod the number of classes; lines of --prompts are used in turn as well. After an
-interruption, the same command resumes at the first missing shard. The last line it prints:
+Pair k is z ~ N(0, I), drawn from (seed, k), and y, the teacher's deterministic ODE solution for z.
+The solver is EDM's Heun method or, for Stable Diffusion, guided PNDM, which gives latents. Classes
+are used in turn, and so are the lines of --prompts. After an interruption, the same command resumes
+at the first missing shard. The last line it prints:
 
     1000 pairs of mnist in pairs/mnist (preview: pairs/mnist/preview.png)
 """
@@ -50,7 +50,7 @@ def describe(config: Workload, record: dict[str, str]) -> dict:
 def make_shard(
     indices: range, config: Workload, teacher: Teacher, prompts: list[str], ranks: Ranks, bar: tqdm
 ) -> tuple[dict[str, Tensor], dict]:
-    """Solve the teacher's ODE for the pairs k in indices -> a shard's tensors and metadata."""
+    """Solve the teacher's ODE for the pairs k in `indices` -> the shard's tensors and metadata."""
     z = sample_noise("pairs", config.seed, indices, teacher.image_shape)
     tensors, metadata = {"z": z, "index": torch.tensor(indices)}, {"dataset": config.dataset}
     cond = None
@@ -70,14 +70,14 @@ def make_shard(
     y = torch.cat(solutions)
     if not y.isfinite().all():
         raise UserError(f"NaN or infinity in pairs {indices[0]}-{indices[-1]}; check the teacher")
-    # Latents have unit scale, so float16 rounds them by about 2^-11; it halves the pairs' files.
+    # float16 halves the files. It rounds latents, which have unit scale, by about 2^-11.
     tensors["y"] = y.half() if config.latent else y
     return tensors, metadata
 
 
 @torch.no_grad()
 def draw_preview(path: Path, shard: Path, teacher: Teacher, device: torch.device) -> None:
-    """A picture of the first y of a shard."""
+    """Draw the first solutions y of a shard."""
     y = read_tensors(shard)[0]["y"].float()
     y = y[: 100 if y.shape[-1] <= 32 else 25]
     images = torch.cat([teacher.decode(one.to(device)).cpu() for one in y.split(1)])
@@ -85,7 +85,7 @@ def draw_preview(path: Path, shard: Path, teacher: Teacher, device: torch.device
 
 
 def report_too_long(cut_off: dict[str, str], ranks: Ranks) -> None:
-    """Print how many prompts were too long, over all ranks, and what was cut off from one."""
+    """Print how many prompts of all ranks were too long, and what was cut off from one of them."""
     number = ranks.sum(torch.tensor(len(cut_off))).item()
     if ranks.rank == 0 and number:
         example = f": {next(iter(cut_off.values()))!r}, for example" if cut_off else ""
@@ -93,7 +93,7 @@ def report_too_long(cut_off: dict[str, str], ranks: Ranks) -> None:
 
 
 def main(config: Workload) -> None:
-    """Solve the teacher's ODE for every missing shard. The ranks share the shards in turn."""
+    """Solve the teacher's ODE for every missing shard. The ranks take the shards in turn."""
     prompts = read_prompts(Path(config.prompts)) if config.latent else []
     ranks = join_ranks(config.device)
     config = replace(config, solver_amp=pick_amp(config.solver_amp, ranks.device, config.half))

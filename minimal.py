@@ -1,7 +1,7 @@
 """The whole paper on one screen: a teacher, its pairs, Algorithm 1, and a one-step generator.
 
-`python minimal.py` distils the MNIST teacher in N minutes on 2 CPU cores, or on a GPU if there is
-one, and writes minimal.png. Its digits (three seeds): FD N to N, accuracy N %, diversity N.
+`python minimal.py` distils the MNIST teacher and writes minimal.png. It uses a GPU if there is one;
+2 CPU cores take N minutes. Its digits (three seeds): FD N to N, accuracy N %, diversity N.
 """
 
 import copy
@@ -22,13 +22,13 @@ from dmd_loss import (
 from edm_unet import EDMDenoiser, heun_sample
 from plumbing.edm_files import load_edm
 
-# Change a constant and see what happens. With TEACHER = "edm-cifar10-32x32-cond-vp.pkl", one of
-# EDM's released files, LEARNING_RATE = 5e-5 and STEPS = 300_000, it distils that network instead.
+# Change a constant and see what happens. To distil one of EDM's released files, set, for example,
+# TEACHER = "edm-cifar10-32x32-cond-vp.pkl", LEARNING_RATE = 5e-5 and STEPS = 300_000.
 TEACHER = "assets/mnist_teacher.safetensors"
 NUM_PAIRS = 1000
 STEPS = 1000  # training steps
 B, R = 16, 4  # unpaired and paired samples per step
-LEARNING_RATE = 6e-4  # of G; five times as much for mu_fake, which has to keep up with G
+LEARNING_RATE = 6e-4  # of G; mu_fake's is five times as high, so that it keeps up with G
 LAMBDA_REG, T_MAX = 0.5, 600  # the paper's T_max of 980 spends steps on noise that hides digits
 SEED = 0
 

@@ -5,9 +5,9 @@
     python sample.py --labels 3 --seeds 7-46 --out threes.png
     python sample.py --checkpoint runs/sd15 --prompt "a red bicycle" "a lighthouse" --seeds 0-3
 
-For a given generator, an image depends on its seed and its label or prompt alone; training never
-uses its noise. A CPU is enough for MNIST. --teacher also prints the time per image of both models;
-for Stable Diffusion it includes the text encoder and the decoder. MNIST's default run ends with
+An image depends only on the generator, its seed and its label or prompt. Training never uses these
+noises. A CPU is enough for MNIST. --teacher also prints the time per image of both models; for
+Stable Diffusion, it includes the text encoder and the decoder. The last line for MNIST:
 
     wrote samples.png: 100 images of mnist from runs/mnist/generator.safetensors (step 1000)
 """
@@ -31,10 +31,10 @@ from workloads import Workload, get_workload
 
 @dataclass
 class Config(Options):
-    """For an option that is None, the generator's workload decides."""
+    """What to draw. For options that are None, the generator's workload decides."""
 
     checkpoint: str | None = option(None, "run folder, file, https:// or hf:// (default: newest)")
-    prompt: tuple[str, ...] = option((), "sd15: one or several, used in turn")
+    prompt: tuple[str, ...] = option((), "sd15: one or more, used in turn")
     labels: str | None = option(None, "classes, used in turn: 7 or 0-9 (default: all)")
     seeds: str | None = option(None, "one per image: 0-99 or 3,5,8 (default: 0-99; sd15: 0-3)")
     out: str = option("samples.png", "a .png file for one grid, or a folder for one file per image")
@@ -68,7 +68,7 @@ def main(config: Config) -> None:
     workload = get_workload(metadata["dataset"], **given)
     amp = pick_amp(config.amp or workload.solver_amp, device, workload.half)
 
-    # Image i has the noise of seed i and the label or prompt i of the cycle.
+    # Image i has the noise of the i-th seed, and the i-th label or prompt in turn.
     seeds = parse_numbers(config.seeds or ("0-3" if workload.latent else "0-99"), "seeds")
     if not Path(config.out).suffix and len(set(seeds)) < len(seeds):
         raise UserError("--seeds lists a seed twice; for a folder, give each seed once")
@@ -78,14 +78,14 @@ def main(config: Config) -> None:
     z = sample_noise("samples", 0, seeds, G.mu.net.image_shape)
     z, G = (each.to(device, memory_format=torch.channels_last) for each in (z, G))
 
-    # Besides G, Stable Diffusion needs its text encoder and a decoder; EDM needs nothing.
+    # Stable Diffusion also needs its text encoder and a decoder. EDM needs nothing but G.
     encode = decode = lambda same: same
     if workload.latent or config.teacher:
         teacher = load_teacher(workload, with_unet=config.teacher).to(device, amp)
         encode, decode = teacher.encode, teacher.decode
 
     def draw(solve: Callable, rows: slice) -> Tensor:
-        """A batch of noise and labels or prompts -> images (B, C, H, W), about [-1, 1]."""
+        """Draw these rows of z and cond -> images (B, C, H, W), about [-1, 1]."""
         with autocast(device, amp):
             x = solve(z[rows], encode(None if cond is None else cond[rows]))
             return decode(x).cpu()  # .cpu() waits for the GPU
@@ -119,7 +119,7 @@ def main(config: Config) -> None:
 
 
 def choose_condition(config: Config, workload: Workload, classes: int, count: int) -> list | None:
-    """The label or prompt of each image, cycled from those given; None without either."""
+    """The label or prompt of each image, taken in turn; None if the network takes neither."""
     cycle = config.prompt
     if cycle and not workload.latent:
         raise UserError(f"--prompt is for sd15; this is a generator of {workload.dataset}")
@@ -139,7 +139,7 @@ def choose_condition(config: Config, workload: Workload, classes: int, count: in
 
 
 def write_pictures(out: Path, bands: list[Tensor], seeds: list[int], columns: int) -> str:
-    """One grid in which the bands' rows alternate, or a folder of one PNG per seed -> its name."""
+    """Write one grid with the bands' rows in turn, or a folder of one PNG per seed -> its name."""
     x = torch.stack(bands, dim=1)  # (N, bands, C, H, W)
     scale, columns = max(1, 64 // x.shape[-1]), min(columns, len(x))
     if not out.suffix:

@@ -1,7 +1,7 @@
 """Stable Diffusion v1.5 by hand: its four networks, tokenizer, guidance, sampler and weights.
 
 Read it beside Rombach et al. 2022 (arXiv 2112.10752, latent diffusion). A picture is made in three
-steps, of which DMD replaces the many UNet calls of the second by one:
+steps. DMD replaces the many UNet calls of the second step by one:
 
     prompts -> CLIPTokenizer -> ids (B, 77) -> TextEncoder -> text states (B, 77, 768)
     z ~ N(0, I) (B, 4, 64, 64), text states -> UNet, many times -> latents (B, 4, 64, 64)
@@ -13,12 +13,12 @@ steps, of which DMD replaces the many UNet calls of the second by one:
     TextEncoder                   CLIP ViT-L/14's text half (Radford et al. 2021, arXiv 2103.00020)
     VAEDecoder, TinyDecoder       latents to images (TinyDecoder: TAESD of O. Boer Bohan, 2023)
     GuidedUNet                    classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598)
-    SDDenoiser                    mu(x_t, t, cond), DMD's view of a UNet, Eq. 11
+    SDDenoiser                    mu(x_t, t, cond), the form that DMD uses, Eq. 11
     pndm_sample                   the teacher's ODE solution (Liu et al. 2022, arXiv 2202.09778)
     load_sd                       weights, from a folder in the diffusers layout or from the Hub
     SDTeacher, load_sd_teacher    all of this as the teacher that the scripts use
 
-Parameter names are those of the released files (`down_blocks.0.resnets.0.conv1.weight`, ...):
+Parameter names are those of the released files (`down_blocks.0.resnets.0.conv1.weight`, ...), so
 released weights load strictly, and a distilled UNet can replace the original.
 """
 
@@ -50,7 +50,7 @@ from plumbing.files import (
 )
 from plumbing.options import UserError
 
-# The fields that are read from the config files, with SD v1.5's values as defaults.
+# The fields that are read from the config files. The defaults are SD v1.5's values.
 SD15 = {
     "unet": dict(
         sample_size=64,  # of the latents, pixels along each side
@@ -70,10 +70,8 @@ SD15 = {
 
 
 def sd_noise_table() -> tuple[Tensor, Tensor]:
-    """The "scaled linear" schedule of Stable Diffusion v1.x -> alpha, sigma, (T,) float64 each.
-
-    alpha_t^2 = prod_{i <= t} (1 - beta_i), sigma_t^2 = 1 - alpha_t^2; sqrt(beta_i) is linear in i.
-    """
+    """The "scaled linear" schedule of Stable Diffusion v1.x -> alpha, sigma, (T,) float64 each:
+    alpha_t^2 = prod_{i <= t} (1 - beta_i), sigma_t^2 = 1 - alpha_t^2, sqrt(beta_i) linear in i."""
     beta = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), T, dtype=torch.float64) ** 2
     alpha_squared = (1 - beta).cumprod(0)
     return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
@@ -86,7 +84,7 @@ conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 def named(modules: dict) -> nn.Sequential:
-    """nn.Sequential with the released files' names; a dict in `modules` is a Sequential in it."""
+    """nn.Sequential with the released files' names; a dict in `modules` becomes a nested one."""
     pairs = [(name, named(m) if isinstance(m, dict) else m) for name, m in modules.items()]
     return nn.Sequential(OrderedDict(pairs))
 
@@ -137,11 +135,11 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A TransformerBlock on the pixels: x (B, C, H, W), text (B, 77, 768) -> (B, C, H, W)."""
+    """A TransformerBlock over the pixels: x (B, C, H, W), text (B, 77, 768) -> (B, C, H, W)."""
 
     def __init__(self, width: int, text_width: int, heads: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)  # the resnets' is 1e-5
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)  # 1e-5 in the resnets
         self.proj_in = nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, text_width, heads)])
         self.proj_out = nn.Conv2d(width, width, 1)
@@ -153,10 +151,8 @@ class SpatialTransformer(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Twice norm, SiLU, conv, beside a skip path; the time embedding is added in the middle.
-
-    x (B, c_in, H, W), emb (B, emb_width) after its SiLU -> (B, c_out, H, W). The VAE has no emb.
-    """
+    """Norm, SiLU, convolution, twice, beside a skip path. The time embedding is added in between.
+    x (B, c_in, H, W), emb (B, emb_width) after its SiLU -> (B, c_out, H, W); the VAE has no emb."""
 
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, emb_width: int = 0):
         super().__init__()
@@ -176,11 +172,9 @@ class ResnetBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """The layers at one resolution, then downsampling, upsampling or neither.
-
-    x (B, C, H, W) -> (B, width, H, W), or H/2, W/2 (down), or 2H, 2W (up). Layer i is a ResnetBlock
-    of inputs[i] channels with the settings `resnet`, then attentions[i] if there is one.
-    """
+    """The layers at one resolution, then downsampling, upsampling or neither: x (B, C, H, W) ->
+    (B, width, H, W), with H/2, W/2 if down, or 2H, 2W if up. Layer i is a ResnetBlock of inputs[i]
+    input channels and the settings `resnet`, followed by attentions[i] if there is one."""
 
     def __init__(self, inputs: list, width: int, resnet: dict, attentions=(), down=False, up=False):
         super().__init__()
@@ -191,7 +185,7 @@ class Stage(nn.Module):
         self.upsamplers = named({"0": {"up": double, "conv": conv3x3(width, width)}} if up else {})
 
     def layer(self, i: int, x: Tensor, emb=None, text=None, skip=None) -> Tensor:
-        """Layer i on x (B, C, H, W), concatenated with skip (B, C', H, W) if that is given."""
+        """Layer i, applied to x (B, C, H, W), or to x and skip (B, C', H, W) concatenated."""
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         x = self.resnets[i](x, emb)
@@ -215,10 +209,8 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 def in_float32(layers: nn.Module, x: Tensor) -> Tensor:
-    """layers(x) in float32, even under autocast or with half-precision weights.
-
-    For the time embedding and the output: mu has 14.6 = sigma / alpha times eps' error at t = 999.
-    """
+    """layers(x) in float32, even under autocast or with half-precision weights: at t = 999, mu has
+    sigma / alpha = 14.6 times the error of eps."""
     weights = {name: weight.float() for name, weight in layers.named_parameters()}
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         return functional_call(layers, weights, x.float())
@@ -240,8 +232,8 @@ class UNet(nn.Module):
         up_blocks.3          3 x (resnet, attention)           320            64
         conv_norm_out, SiLU, conv_out                          320 -> 4       64
 
-    The twelve outputs of conv_in, of the down layers and of the downsamplers are kept; each of the
-    twelve up layers takes one of them, last in, first out.
+    conv_in, the down layers and the downsamplers have twelve outputs. The twelve up layers take one
+    each, last in, first out.
     """
 
     def __init__(self, config: dict):
@@ -282,9 +274,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """x_t (B, 4, H, W), t (B,) long in 0 .. 999, text (B, N, 768) -> eps (B, 4, H, W) float32.
-
-        H and W are multiples of 8. Attention has no mask: it includes the text's padding.
-        """
+        H and W are multiples of 8. There is no mask: the text's padding is attended to."""
         x = self.conv_in(x.to(self.conv_in.weight.dtype))
         text = text.to(x.dtype)
         emb = in_float32(self.time_embedding, timestep_embedding(t, self.conv_in.out_channels))
@@ -307,7 +297,7 @@ class UNet(nn.Module):
         return in_float32(self.conv_out, F.silu(self.conv_norm_out(x)))
 
     def run(self, layer: Callable, *inputs) -> Tensor:
-        """layer(*inputs); its activations are kept for the backward pass, or recomputed there."""
+        """layer(*inputs); with checkpointing, the backward pass recomputes its activations."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             # No layer draws random numbers, so the random state need not be kept.
             return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -319,11 +309,11 @@ class UNet(nn.Module):
 
 
 class CLIPTokenizer:
-    """CLIP's byte-pair encoding: a prompt becomes 77 ids, one start, up to 75 tokens, then ends.
+    """CLIP's byte-pair encoding. A prompt becomes 77 ids: a start, up to 75 tokens, and ends.
 
     The text is normalised (NFC) and lower-cased. It is split into runs of letters, single digits,
-    runs of other characters and a few English endings. In each piece, UTF-8 bytes are merged by the
-    ranked list of pairs, so there is no unknown word.
+    runs of other characters and a few English endings. In each piece, UTF-8 bytes are merged by a
+    ranked list of pairs, so every word can be encoded.
     """
 
     START, END, ROOM = "<|startoftext|>", "<|endoftext|>", 75
@@ -332,7 +322,7 @@ class CLIPTokenizer:
     def __init__(self, vocab_file: Path, merges_file: Path):
         with one_line_errors(vocab_file.parent):
             vocab, merges = models.BPE.read_file(str(vocab_file), str(merges_file))
-        if len(vocab) != 2 * 256 + len(merges) + 2:  # bytes, bytes that end a word; marks
+        if len(vocab) != 2 * 256 + len(merges) + 2:  # all bytes, twice; start, end
             raise UserError(f"{vocab_file} and {merges_file.name} do not match; replace both")
         self.start, self.end = vocab[self.START], vocab[self.END]
         self.bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
@@ -340,8 +330,8 @@ class CLIPTokenizer:
         pieces = pre_tokenizers.Split(Regex(self.PIECES), behavior="removed", invert=True)
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
-        self.bpe.add_special_tokens([self.START, self.END])  # one token each, also in a prompt
-        self.too_long = {}  # every prompt that did not fit -> its end, which was cut off
+        self.bpe.add_special_tokens([self.START, self.END])  # one token each, even in a prompt
+        self.too_long = {}  # prompts that did not fit -> the ends that were cut off
 
     def __call__(self, prompts: list[str]) -> Tensor:
         """Prompts -> ids (B, 77) long."""
@@ -356,7 +346,7 @@ class CLIPTokenizer:
 
 
 class TextLayer(nn.Module):
-    """Causal self-attention and an MLP with the quick GELU, (B, 77, 768) -> (B, 77, 768)."""
+    """Causal self-attention and an MLP with quick GELU, (B, 77, 768) -> (B, 77, 768)."""
 
     def __init__(self, width: int, hidden: int, heads: int):
         super().__init__()
@@ -392,7 +382,7 @@ class TextEncoder(nn.Module):
         })  # fmt: skip
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, 77) long -> text states (B, 77, 768), the last layer's."""
+        """Token ids (B, 77) long -> text states (B, 77, 768), those of the last layer."""
         tokens, positions = self.text_model.embeddings
         x = tokens(ids) + positions.weight[: ids.shape[1]]
         return self.text_model.final_layer_norm(self.text_model.encoder(x))
@@ -403,7 +393,7 @@ class TextEncoder(nn.Module):
 
 
 class PixelAttention(Attention):
-    """Self-attention of the pixels, one head, no text: (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention over the pixels, with one head and without text, (B, C, H, W) -> the same."""
 
     def __init__(self, width: int, groups: int):
         super().__init__(width, width, heads=1, bias=True)
@@ -487,10 +477,8 @@ class TinyDecoder(nn.Module):
 
 
 class GuidedUNet(nn.Module):
-    """A UNet with classifier-free guidance: eps = eps_u + scale (eps_c - eps_u), scale > 0.
-
-    null_text: the empty prompt's text states (1, 77, 768), for eps_u; scale 1 does without eps_u.
-    """
+    """A UNet with classifier-free guidance: eps = eps_u + scale (eps_c - eps_u), scale > 0. eps_u
+    takes null_text, the text states of the empty prompt (1, 77, 768); scale 1 does not need it."""
 
     def __init__(self, unet: nn.Module, null_text: Tensor, scale: float):
         super().__init__()
@@ -508,10 +496,10 @@ class GuidedUNet(nn.Module):
 
 
 class SDDenoiser(nn.Module):
-    """A UNet, or the teacher's GuidedUNet, in DMD's terms: mu(x_t, t, cond), estimate of x_0.
+    """A UNet, or the teacher's GuidedUNet, in DMD's terms: mu(x_t, t, cond) estimates x_0.
 
     Buffers `alpha` and `sigma` (T,): the forward process of Eq. 3, alpha^2 + sigma^2 = 1. Convert
-    only `net` to half precision: .half() on the whole would round these tables, too.
+    only `net` to half precision: .half() on the whole module would round these tables.
     """
 
     def __init__(self, net: nn.Module):
@@ -523,15 +511,13 @@ class SDDenoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """Eq. 11: mu = (x_t - sigma_t eps) / alpha_t, in float32 whatever the UNet's dtype.
-
-        x_t (B, 4, H, W), t (B,) long in 0 .. 999, text states cond (B, 77, 768) -> (B, 4, H, W).
-        """
+        x_t (B, 4, H, W), t (B,) long in 0 .. 999, text states cond (B, 77, 768) -> (B, 4, H, W)."""
         eps = self.net(x_t, t, cond)
         alpha_t, sigma_t = (table[t][:, None, None, None] for table in (self.alpha, self.sigma))
         return (x_t - sigma_t * eps) / alpha_t  # float32, since the tables are
 
 
-ADAMS_BASHFORTH = {  # weights of the newest noise prediction, of the one before, ...
+ADAMS_BASHFORTH = {  # weights of the latest noise predictions, newest first
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
@@ -545,9 +531,9 @@ def pndm_sample(eps: Callable, z: Tensor, text: Tensor | None, steps: int) -> Te
     eps(x_t, t, text), with t (B,) long, is a UNet, a GuidedUNet or a closed form. z ~ N(0, I)
     (B, C, H, W), 2 .. 999 steps -> the ODE's solution y (B, C, H, W) in float32.
 
-    Each step is a deterministic DDIM step with a weighted mean of up to four noise predictions. The
-    times are ..., 1 + 2r, 1 + r, 1 with r = 1000 // steps, then 0, whose little noise remains. The
-    first step is done twice, the second time with the mean of both ends: steps + 1 calls of eps.
+    Each step is a deterministic DDIM step with a combination of up to four noise predictions. The
+    times are ..., 1 + 2r, 1 + r, 1 with r = 1000 // steps, and 0, whose slight noise remains. The
+    first step is redone with the mean prediction of both ends, so eps is called steps + 1 times.
     """
     alpha, sigma = (table.tolist() for table in sd_noise_table())
     x, stride, history = z, T // steps, []  # x becomes float64 with the first step
@@ -603,8 +589,8 @@ def load_sd(
 ) -> StableDiffusion:
     """Load parts: "unet", "text_encoder" (with the tokenizer), "vae" and "tiny_vae".
 
-    `source` is a folder in the diffusers layout, or a repository of the Hugging Face Hub, of which
-    only the files needed are downloaded. All networks are in eval mode, all but the UNet frozen.
+    `source` is a folder in the diffusers layout or a repository of the Hugging Face Hub, from which
+    only the needed files are downloaded. All networks are in eval mode, all but the UNet frozen.
     """
     if "unet" in parts:
         read_config(find_file(source, "scheduler/scheduler_config.json"))
@@ -616,20 +602,18 @@ def load_sd(
 
 
 def load_network(part: str, source: str | Path, config: dict | None = None) -> nn.Module:
-    """Load one of NETWORKS in float32, from a source as load_sd takes it or from a weights file.
-
-    config: instead of the config.json beside the weights. Fields that are missing are SD v1.5's.
-    """
+    """Load one of NETWORKS in float32, from a source as for load_sd or a weights file. `config`
+    replaces the config.json beside the weights. Missing fields are SD v1.5's."""
     weights_file, config_file = find_weights(part, source)
     if config is None:
         config = read_config(config_file) if config_file else {}
-    with torch.device("meta"):  # no memory, until the file's tensors become the parameters
+    with torch.device("meta"):  # no memory; the file's tensors become the parameters
         net = NETWORKS[part](SD15[part] | config)
     load_strictly(net, read_weights(part, weights_file), weights_file, assign=True)
     return net.eval().requires_grad_(part == "unet")
 
 
-# Other models differ in these fields, which the names and shapes of the weights do not show.
+# Names and shapes of weights do not tell other models apart, but these fields do.
 SUPPORTED = dict(
     hidden_act="quick_gelu", prediction_type="epsilon", num_train_timesteps=T,
     beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
@@ -637,7 +621,7 @@ SUPPORTED = dict(
 
 
 def read_config(path: Path) -> dict:
-    """Read a config file and refuse what is not SUPPORTED."""
+    """Read a config file, and refuse fields that are not as in SUPPORTED."""
     config = read_json(path)
     for field, only in SUPPORTED.items():
         if (value := config.get(field, only)) != only:
@@ -646,7 +630,7 @@ def read_config(path: Path) -> dict:
 
 
 def find_weights(part: str, source: str | Path) -> tuple[Path, Path | None]:
-    """The weights and the config.json of one network; None if a weights file has none beside it."""
+    """The weights and the config.json of a network; None if a weights file has none beside it."""
     if Path(source).is_file():
         beside = Path(source).with_name("config.json")
         return Path(source), beside if beside.is_file() else None
@@ -658,7 +642,7 @@ def find_weights(part: str, source: str | Path) -> tuple[Path, Path | None]:
 
 
 def find_file(source: str | Path, *names: str) -> Path:
-    """The first of `names` that a folder or a repository holds; TAESD has its own repository."""
+    """The first of `names` in a folder or a repository; TAESD has its own repository."""
     if names[0].startswith("tiny_vae/") and not Path(source, "tiny_vae").is_dir():
         return find_on_hub("madebyollin/taesd", [name.removeprefix("tiny_vae/") for name in names])
     if not Path(source).is_dir():
@@ -669,7 +653,7 @@ def find_file(source: str | Path, *names: str) -> Path:
     raise UserError(f"{source} holds none of {', '.join(names)}; complete the folder")
 
 
-# Tensors of the released files that are not needed, and older names in the VAE's attention.
+# Tensors in the released files that are not needed; older names in the VAE's attention.
 NOT_NEEDED = ("encoder.", "quant_conv.", "text_model.embeddings.position_ids")
 OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -692,7 +676,7 @@ def read_weights(part: str, path: Path) -> dict[str, Tensor]:
 class SDTeacher:
     """Stable Diffusion v1.x as a teacher: latents, prompts as condition, guidance, PNDM solver.
 
-    Attributes and methods are EDMTeacher's. Without the UNet, mu_real is None and there is no
+    It has EDMTeacher's attributes and methods. Without the UNet, mu_real is None and there is no
     image_shape. `guidance` is the scale in mu_real and `solve`; `decoder` is `decode`'s default.
     """
 
@@ -705,16 +689,16 @@ class SDTeacher:
             self.mu_real = SDDenoiser(guided).eval().requires_grad_(False)
 
     def to(self, device: torch.device, amp: str = "off") -> "SDTeacher":
-        """Move it to a device; under `amp` the UNet and the text encoder become half precision."""
+        """Move it to a device, with the UNet and the text encoder in the precision `amp`."""
         for net in filter(None, (self.mu_real, self.sd.vae, self.sd.tiny_vae)):
             net.to(device, memory_format=torch.channels_last)
         if self.mu_real is not None:
-            self.mu_real.net.to(DTYPES[amp])  # not the noise table, which is mu_real's own
+            self.mu_real.net.to(DTYPES[amp])  # not the noise table, which belongs to mu_real
         self.sd.text_encoder.to(device, DTYPES[amp])
         return self
 
     def student(self) -> SDDenoiser:
-        """A trainable copy without guidance, in float32 if it is made before `to`."""
+        """A trainable copy without guidance; make it before `to` if it is to be float32."""
         unet = copy.deepcopy(self.sd.unet)
         unet.gradient_checkpointing = True
         return SDDenoiser(unet).eval().requires_grad_(True)
@@ -737,8 +721,8 @@ class SDTeacher:
 
 
 def load_sd_teacher(source: str, guidance: float, decoders: Sequence, with_unet=True) -> SDTeacher:
-    """The teacher from a source as load_sd takes it. `decoders` ("tiny", "full"; None is skipped)
-    lists `decode`'s default, then others that will be used. Sampling from G needs no UNet."""
+    """Load the teacher from a source as for load_sd. `decoders` ("tiny", "full" or None) are the
+    default of `decode` and the others that will be used. Sampling from G needs no UNet."""
     parts = ["text_encoder", *{"tiny_vae" if d == "tiny" else "vae" for d in decoders if d}]
     sd = load_sd(source, ["unet", *parts] if with_unet else parts)
     record = {"name": source}

@@ -1,17 +1,17 @@
 """A pretrained diffusion model as every script uses it, and the file of a generator.
 
-load_teacher returns an EDMTeacher or an sd_loader.SDTeacher, which are used in the same way:
+load_teacher returns an EDMTeacher or an sd_loader.SDTeacher. Both are used in the same way:
 
     mu_real(x_t, t, cond)    the frozen denoiser of Eq. 4, with guidance (Section 3.4)
-    student()                a trainable copy without guidance: what G and mu_fake start as
+    student()                a trainable copy without guidance, as which G and mu_fake start
     encode(given)            labels or prompts -> cond, the condition that the networks take
     solve(z, cond, steps)    noise z ~ N(0, I) (B, C, H, W) -> y, the ODE's solution, for the pairs
     evaluations(steps)       how many times `solve` evaluates the network
     decode(x)                -> images, about [-1, 1]; EDM's x are images already
-    to(device, amp)          move it to a device -> the teacher itself
-    record                   {"name", "sha256"}: how a run and its pairs identify the teacher
+    to(device, amp)          moves it to a device -> the teacher itself
+    record                   {"name", "sha256"}, by which a run and its pairs know the teacher
     image_shape              (C, H, W) of z, x and y
-    num_classes              0 if it is unconditional or takes text
+    num_classes              0 if the teacher is unconditional or takes text
     sigma_data               standard deviation of the data, for dmd_loss.denoising_weight, or None
 """
 
@@ -32,7 +32,7 @@ from plumbing.files import file_hash, one_line, one_line_errors, read_header, to
 from plumbing.options import UserError
 from workloads import ASSETS, WORKLOADS, Workload
 
-# A bare state dict may hold one of these; its names and shapes tell which.
+# The networks that a bare state dict may hold. Its names and shapes tell which.
 ARCHITECTURES = [row.network for row in WORKLOADS.values() if row.network and not row.latent]
 
 
@@ -62,7 +62,7 @@ class EDMTeacher:
         return heun_sample(self.mu_real.net, z, cond, steps)
 
     def evaluations(self, steps: int) -> int:
-        """Heun's last step needs only one evaluation, every other step two."""
+        """The number of network evaluations in `solve`: two per step, but one in the last."""
         return 2 * steps - 1
 
     def decode(self, x: Tensor, decoder: str | None = None) -> Tensor:
@@ -74,10 +74,8 @@ Teacher = EDMTeacher  # or sd_loader.SDTeacher, which is not imported here
 
 
 def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
-    """The teacher of a workload, on the CPU; it is downloaded unless it is a local file.
-
-    with_unet: False loads only the text encoder and a decoder of sd15, enough to sample from G.
-    """
+    """Load the teacher of a workload on the CPU, after a download unless it is a local file.
+    with_unet=False loads only sd15's text encoder and a decoder, enough to sample from G."""
     if workload.latent:
         from sd_loader import load_sd_teacher  # here: MNIST and EDM need none of it
 
@@ -95,7 +93,7 @@ def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
 
 
 def images_of(network: dict) -> str:
-    """What a network with these arguments makes, such as "1x28x28 images of 10 classes"."""
+    """What a network with these arguments makes, for example "1x28x28 images of 10 classes"."""
     shape = "{img_channels}x{img_resolution}x{img_resolution}"
     return f"{shape} images of {{label_dim}} classes".format(**network)
 
@@ -129,22 +127,21 @@ def generator_file(
 
 
 def load_generator(path: Path) -> tuple[OneStepGenerator, dict[str, str]]:
-    """G_theta and the metadata (dataset, step, ...) from a run's generator.safetensors. Also reads
-    other people's EDM checkpoints, whose dataset follows from the shape of their images, and UNets
-    of Stable Diffusion v1.x under diffusers' names."""
+    """Load G_theta and its metadata (dataset, step, ...) from a run's generator.safetensors, other
+    people's EDM checkpoints (the shape of the images tells the dataset), or UNets of Stable
+    Diffusion v1.x under diffusers' names."""
     if is_sd_unet(path):
         from sd_loader import SDDenoiser, load_network
 
         metadata = read_header(path)[1] if file_format(path) == "safetensors" else {}
-        config = json.loads(
-            metadata.get("kwargs", "null")
-        )  # None: the config.json beside it, or SD v1.5's
+        # None: the config.json beside it, or else SD v1.5's.
+        config = json.loads(metadata.get("kwargs", "null"))
         mu = SDDenoiser(load_network("unet", path, config).requires_grad_(False))
         metadata = {"role": "generator", "dataset": "sd15"} | metadata
     else:
         net = load_edm(path, ARCHITECTURES)
         metadata = net.metadata
-        if "kwargs" not in metadata:  # not a file of ours
+        if "kwargs" not in metadata:  # not written by train.py
             images, rows = images_of(net.kwargs), WORKLOADS.items()
             fitting = (n for n, row in rows if row.network and images_of(row.network) == images)
             metadata = {"role": "generator", "dataset": next(fitting, "edm")} | metadata
@@ -155,7 +152,7 @@ def load_generator(path: Path) -> tuple[OneStepGenerator, dict[str, str]]:
 
 
 def is_sd_unet(path: Path) -> bool:
-    """Whether a file of weights holds a UNet under diffusers' names."""
+    """Whether a file holds the weights of a UNet under diffusers' names."""
     if (kind := file_format(path)) == "pickle":  # NVIDIA's
         return False
     with one_line_errors(path):
@@ -164,7 +161,7 @@ def is_sd_unet(path: Path) -> bool:
 
 
 def check_teaches(teacher: Teacher, metadata: dict, path: Path) -> None:
-    """Raise UserError if a generator's metadata name another teacher than this one."""
+    """Raise UserError if a generator's metadata name a teacher other than this one."""
     if metadata.get("teacher_sha256", teacher.record["sha256"]) != teacher.record["sha256"]:
         raise UserError(
             f"{path} was distilled from another teacher than {teacher.record['name']}; "
@@ -173,8 +170,8 @@ def check_teaches(teacher: Teacher, metadata: dict, path: Path) -> None:
 
 
 def find_generator(given: str | None) -> Path:
-    """The given generator (a run folder, a file, or an address for downloads.fetch), or else the
-    newest run's, or else the shipped one, with a printed note."""
+    """The file of the given generator (a run folder, a file or an address, see downloads.fetch). By
+    default, that of the newest run or, with a printed note, the shipped one."""
     if given:
         folder = Path(given)
         return folder / "generator.safetensors" if folder.is_dir() else fetch(given)

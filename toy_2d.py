@@ -1,21 +1,20 @@
 """Figure 3 of the paper in the plane: what each score does, and what the regression loss adds.
 
-    python toy_2d.py
+    python toy_2d.py                             about 20 seconds on a CPU
     python toy_2d.py --film figure3.gif          the same as a film, one minute more
 
-The real data are two Gaussian modes, ten standard deviations apart. Their denoiser E[x_0 | x_t] has
-a closed form, which is the teacher. A generator that starts as one spot beside the near mode is
-trained three times, by Algorithm 1 and the losses of dmd_loss.py:
+The real data are two Gaussian modes, ten standard deviations apart. The teacher is their denoiser
+E[x_0 | x_t] in closed form. The generator starts as one spot beside the near mode. It is trained
+three times, by Algorithm 1 and the losses of dmd_loss.py:
 
     (a) real score only          all samples climb to the near mode's peak
     (b) real and fake scores     the samples spread over the near mode and miss the far one
     (c) scores and regression    both modes, half of the samples each
 
-The noise of Eq. 7 is kept small here: t up to 260 of 1000, where sigma is a fifth of the distance
-between the modes. With more noise, the teacher's score at the near mode feels the far one. Try
---max-step 400, where sigma reaches that distance: (b) then finds both modes without any pairs.
-
-It takes about 20 seconds on a CPU. The last line it prints: wrote figure3.png
+Eq. 7's noise is kept small: t is at most 260 of 1000, where sigma is a fifth of the distance
+between the modes. With more noise, the teacher's score at the near mode feels the far one: with
+--max-step 400, where sigma reaches that distance, (b) finds both modes without any pairs. The last
+line it prints: wrote figure3.png
 """
 
 import math
@@ -46,10 +45,10 @@ MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
 STD = 0.1  # of each mode, along both axes
 START = torch.tensor([-0.62, 0.12])  # the spot where the generator starts
 NUM_PAIRS, BATCH = 10_000, 256
-LEARNING_RATE = 5e-4  # of G; ten times as much for mu_fake, which has to keep up with G
-ARROWS, FILM_T = 20, 240  # of the film: the number of arrows, the noise level of their scores
+LEARNING_RATE = 5e-4  # of G; mu_fake's is ten times as high, so that it keeps up with G
+ARROWS, FILM_T = 20, 240  # the film's number of arrows, and the noise level of their scores
 
-# Panel -> (does the fake score take part?, lambda_reg)
+# Panel -> (is the fake score used?, lambda_reg)
 PANELS = {
     "(a) real score only": (False, 0.0),
     "(b) real and fake scores": (True, 0.0),
@@ -69,26 +68,26 @@ class Config(Options):
 
 
 # --------------------------------------------------------------------------------------------------
-# The teacher and the two networks; a point of the plane is an "image" (2, 1, 1)
+# The teacher and the two networks. A point of the plane is an "image" (2, 1, 1)
 
 
 class MixtureDenoiser(nn.Module):
-    """The teacher, in closed form: D(x; sigma) = E[x_0 | x], x = x_0 + sigma n, for the mixture."""
+    """The teacher in closed form: D(x; sigma) = E[x_0 | x] for x = x_0 + sigma n, n ~ N(0, I)."""
 
     def forward(self, x: Tensor, sigma: Tensor | float, cond: None = None) -> Tensor:
         """x (B, 2, 1, 1), sigma a number or (B,) -> (B, 2, 1, 1)."""
         sigma = torch.as_tensor(sigma).reshape(-1, 1, 1)
         offset = x.reshape(-1, 1, 2) - MODES  # (B, modes, axes)
-        variance = STD**2 + sigma**2  # of either mode, once diffused
+        variance = STD**2 + sigma**2  # of each mode, once diffused
 
-        # The probability of either mode, and what x_0 is if x came from that mode.
+        # The probability of each mode, and the mean of x_0 if x came from that mode.
         p_mode = (-(offset**2).sum(dim=2, keepdim=True) / (2 * variance)).softmax(dim=1)
         mean = MODES + STD**2 / variance * offset
         return (p_mode * mean).sum(dim=1).reshape(x.shape)
 
 
 def mlp(c_in: int) -> nn.Sequential:
-    """c_in -> 2 features. tanh, because a bounded network stays tame where there are no samples."""
+    """c_in -> 2 numbers. tanh keeps the network bounded where there are no samples."""
     layers = []
     for fan_in in (c_in, 64, 64):
         linear = nn.Linear(fan_in, 64)
@@ -110,7 +109,7 @@ class MLPDenoiser(nn.Module):
         """x (B, 2, 1, 1), sigma (B,) -> (B, 2, 1, 1)."""
         point, sigma = x.flatten(1), sigma[:, None]
         c_skip, c_out, _, c_noise = preconditioning(sigma, SIGMA_DATA)
-        # c_in is a single mode's: F has to tell points apart that differ by a fraction of STD.
+        # c_in is that of a single mode, because F must resolve fractions of STD.
         c_in = 1 / preconditioning(sigma, STD)[2]
         F = self.F(torch.cat([c_in * point, c_noise], dim=1))
         return (c_skip * point + c_out * F).reshape(x.shape)
@@ -118,7 +117,7 @@ class MLPDenoiser(nn.Module):
 
 @torch.no_grad()
 def one_spot() -> nn.Sequential:
-    """G before training: z (B, 2, 1, 1) -> START and a little noise, so that it can unfold."""
+    """G before training: z (B, 2, 1, 1) -> START, plus a little that depends on z."""
     net = mlp(2)
     nn.init.normal_(net[-1].weight, std=0.002)
     net[-1].bias.copy_(START)
@@ -126,8 +125,7 @@ def one_spot() -> nn.Sequential:
 
 
 def no_score(x_t: Tensor, t: Tensor, cond: None = None) -> Tensor:
-    """The denoiser of a uniform density, mu = x_t / alpha_t = x_t. Its score is 0, so in the place
-    of mu_fake it removes s_fake from Eq. 7."""
+    """In place of mu_fake, it removes s_fake from Eq. 7: mu = x_t / alpha_t has the score 0."""
     return x_t
 
 
@@ -148,10 +146,11 @@ def train_panel(
     use_fake_score, lambda_reg = PANELS[panel]
     torch.manual_seed(config.seed)  # every panel has the same networks and draws the same numbers
     G, mu_fake = one_spot(), EDMDenoiser(MLPDenoiser())
+    mu_used = mu_fake if use_fake_score else no_score
     adam_G, adam_fake = (torch.optim.Adam(network.parameters()) for network in (G, mu_fake))
     for step in tqdm(range(config.steps), desc=panel):
         yield G, mu_fake
-        rate = LEARNING_RATE * (1 - step / config.steps)  # constant, G and mu_fake would circle
+        rate = LEARNING_RATE * (1 - step / config.steps)  # if constant, G and mu_fake would circle
 
         # 1. Sample z ~ N(0, I), and pairs (z_ref, y_ref) ~ D.
         z, noise, noise_fake = torch.randn(3, BATCH, 2, 1, 1)
@@ -164,9 +163,7 @@ def train_panel(
         x, x_ref = G(torch.cat([z, z_ref])).split([BATCH, BATCH])
 
         # 3. Distribution-matching gradient (Eq. 7) and regression (Eq. 9); step G.
-        loss_kl = distribution_matching_loss(
-            mu_real, mu_fake if use_fake_score else no_score, x, None, t=t, noise=noise
-        )
+        loss_kl = distribution_matching_loss(mu_real, mu_used, x, None, t=t, noise=noise)
         loss_reg = regression_loss(x_ref, y_ref, l2_distance)
         (loss_kl + lambda_reg * loss_reg).backward()
         take_step(adam_G, rate)
@@ -198,9 +195,9 @@ def generate(G: nn.Module, seed: int, n: int = 5000) -> Tensor:
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples x (B, 2, 1, 1) -> the share (2 modes,) of those nearest to each mode, and the spread
-    of these (2 modes, 2 axes) relative to the mode's own, NaN where the share is under 1 %. Spread
-    is 1.4826 x the median absolute deviation, which a few stray samples do not change."""
+    """Samples x (B, 2, 1, 1) -> the share nearest to each mode (2 modes,), and the spread of these
+    (2 modes, 2 axes), NaN for shares under 1 %. Spread is 1.4826 times the median absolute
+    deviation, which a few stray samples do not change, divided by STD."""
     x = x.flatten(1)
     nearest = torch.cdist(x, MODES).argmin(dim=1)
     share = torch.bincount(nearest, minlength=2) / len(x)
@@ -214,7 +211,7 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(panels: dict[str, Tensor], size: tuple[float, float]):
-    """Each panel's samples (B, 2, 1, 1) over real ones -> a figure of this size in inches."""
+    """Draw each panel's samples (B, 2, 1, 1) over real ones -> a figure of this size in inches."""
     noise = torch.randn(1400, 2, generator=torch.Generator().manual_seed(0))
     shares = [statistics(samples)[0].tolist() for samples in panels.values()]
     labels = [f"near mode {near:.0%}, far mode {far:.0%}" for near, far in shares]
@@ -223,8 +220,8 @@ def draw(panels: dict[str, Tensor], size: tuple[float, float]):
 
 @torch.no_grad()
 def look(panel: str, G, mu_real, mu_fake, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A moment of the film -> samples (1400, 2, 1, 1) and, with the first ARROWS of them taken as
-    x_t at FILM_T, sigma_t^2 s_real, the way to mu_real's estimate, and sigma_t^2 s_fake."""
+    """One moment of the film: samples (1400, 2, 1, 1), and sigma_t^2 s_real and sigma_t^2 s_fake at
+    the first ARROWS of them, taken as x_t at t = FILM_T."""
     samples, (use_fake_score, _) = generate(G, seed, 1400), PANELS[panel]
     x, t = samples[:ARROWS], torch.full((ARROWS,), FILM_T)
     return samples, mu_real(x, t) - x, (mu_fake(x, t) - x) * use_fake_score
@@ -234,7 +231,7 @@ def main(config: Config) -> None:
     """Train the panels, print where their samples are, draw the figure."""
     mu_real = EDMDenoiser(MixtureDenoiser())
     pairs = make_pairs(mu_real, config.seed)
-    # Sixty moments, dense at first, when most happens.
+    # Sixty moments, most of them early, when most happens.
     moments = sorted({round(config.steps * (k / 59) ** 2) for k in range(60)})
     samples, films = {}, {panel: [] for panel in PANELS}
     for panel, film in films.items():

@@ -3,15 +3,14 @@
     python train.py                                          MNIST, minutes on 2 CPU cores
     torchrun --nproc-per-node 7 train.py --dataset imagenet64            on seven GPUs
 
-It needs pairs (python make_pairs.py) and writes runs/DATASET/: config.json, log.csv, curves.png,
-samples_STEP.png (the teacher's y_ref above G(z_ref), then G of fresh noise), a film of these,
-checkpoint.pt to resume from, and the result, generator.safetensors. Ctrl-C saves and stops; the
-same command resumes. The last line it prints:
+It needs pairs (python make_pairs.py) and writes runs/DATASET/, whose files plumbing/rundir.py
+lists. The result is generator.safetensors; samples_STEP.png shows y_ref, G(z_ref) and G of fresh
+noise. Ctrl-C saves and stops, and the same command resumes. The last line it prints:
 
     wrote runs/mnist/generator.safetensors; look at it with: python sample.py
 
-Row i of step k draws from (seed, k, i) alone. Resuming, the number of processes and accumulation
-therefore change nothing but rounding; on one CPU process, resuming changes no bit.
+What row i of step k draws depends on (seed, k, i) alone. Therefore resuming, the number of ranks
+and --accumulate change only the rounding. In one process on a CPU, resuming changes no bit.
 """
 
 import contextlib
@@ -56,7 +55,7 @@ FLAGS = """
 
 
 class Batch(NamedTuple):
-    """B unpaired and R paired samples. The losses of x take K = B of them, or B + R by line 4."""
+    """B unpaired and R paired samples. The losses of x use K = B of them, or B + R with line 4."""
 
     z: Tensor  # (B, C, H, W)
     z_ref: Tensor  # (R, C, H, W)
@@ -109,7 +108,7 @@ def fake_loss(mu_fake: Callable, teacher: Teacher, b: Batch, x: Tensor) -> Tenso
 
 @dataclass
 class Run:
-    """What takes part in the steps of a run."""
+    """Everything that a step uses."""
 
     config: Workload
     ranks: Ranks
@@ -121,17 +120,17 @@ class Run:
     mu_fake: Learner
 
     def autocast(self) -> torch.autocast:
-        """The context in which the networks are called. The losses are float32 in it, too."""
+        """The context in which the networks are called. The losses are float32 all the same."""
         return autocast(self.ranks.device, self.config.amp)
 
     def stateful(self) -> dict:
-        """What a checkpoint holds."""
+        """The parts whose state a checkpoint holds."""
         average = {"G_ema": self.G.average} if self.config.ema else {}
         return {"G": self.G, "mu_fake": self.mu_fake, **average}
 
 
 def training_step(run: Run, step: int) -> list[Tensor]:
-    """Step k -> its SCALARS. A batch may come in parts: G learns from all of them, then mu_fake."""
+    """Do step k -> its SCALARS. A batch may come in parts: G learns from all, then mu_fake does."""
     config, teacher, G, mu_fake = run.config.at(step), run.teacher, run.G, run.mu_fake
     losses, losses_fake, generated = [], [], []
     for rows, rows_ref in G.parts(split_batch(config, run.ranks), leave=run.signals.stop):
@@ -202,11 +201,11 @@ def split_batch(config: Workload, ranks: Ranks) -> list[tuple[range, range]]:
 
 
 def load_inputs(config: Workload, ranks: Ranks) -> tuple[Workload, Teacher, Pairs, Callable]:
-    """Load teacher, pairs and the distance of Eq. 9, and claim the folder. The config gets its
-    precision and the pairs' guidance scale, since both losses must have the same (Section 3.4)."""
+    """Load the teacher, the pairs and Eq. 9's distance, and claim the run folder. The guidance is
+    that of the pairs, because both losses must use the same scale (Section 3.4)."""
     for step in (0, *(end for end, _ in config.phases)):
         split_batch(config.at(step), ranks)  # raises an error before anything is loaded
-    first = config.at(0).num_pairs if config.phases else None  # of the pairs, see begin_phase
+    first = config.at(0).num_pairs if config.phases else None  # see begin_phase
     pairs = Pairs(Path(config.pairs), config.dataset, first)
     amp = pick_amp(config.amp, ranks.device, config.half)
     config = replace(config, amp=amp, guidance=pairs.meta["guidance"])
@@ -232,8 +231,7 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
     for network in (G, mu_fake):
         network.to(device=ranks.device, memory_format=torch.channels_last)
     teacher.to(ranks.device, config.amp)
-    # LPIPS runs in float32. Its convolutions may use TF32 where speed is the aim, but not for sd15,
-    # whose UNet ends in a convolution that must be float32.
+    # With --amp, LPIPS's float32 convolutions may use TF32, but not the one that ends sd15's UNet.
     torch.backends.cudnn.allow_tf32 = config.amp != "off" and not config.latent
     how = dict(
         warmup=config.warmup, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
@@ -246,15 +244,15 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
         Learner(mu_fake, ranks, peak_fake, **how),
     )
     if config.compile:
-        torch._dynamo.config.optimize_ddp = False  # older versions cannot with checkpointing
+        torch._dynamo.config.optimize_ddp = False  # fails with checkpointing in older versions
         for denoiser in (G.mu, mu_fake, teacher.mu_real):
             denoiser.compile()
     return Run(config, ranks, Signals(ranks), teacher, pairs, distance, *learners)
 
 
 def begin_phase(run: Run, step: int) -> int:
-    """Get ready for the settings that hold from this step on -> images per step. Table 5's phases
-    need more and more pairs, so the folder is read again."""
+    """Prepare for the settings that hold from this step on -> images per step. Table 5's phases
+    need more and more pairs, so the folder of pairs is read again."""
     config = run.config.at(step)
     if config.phases:
         run.pairs = Pairs(Path(config.pairs), config.dataset, config.num_pairs)
@@ -266,8 +264,7 @@ def begin_phase(run: Run, step: int) -> int:
 
 @torch.no_grad()
 def pictures(run: Run) -> list[Tensor]:
-    """Three bands of images: the teacher's y_ref, G(z_ref) of the same noise, and G of fresh noise.
-    Noises and conditions are the same at every step."""
+    """Three bands of images: y_ref, G(z_ref) and G of fresh noise. Noises never change."""
     shape, G = run.teacher.image_shape, run.G.average
     n = min(len(run.pairs), 10 if shape[1] <= 32 else 5)
     z_ref, y_ref, cond = run.pairs.batch(range(n))
@@ -308,7 +305,7 @@ def main(config: Workload) -> None:
         if step in begins:
             log.images = begin_phase(run, step)
         done = step
-        with contextlib.suppress(Unfinished):  # stopped between its parts; resuming repeats it
+        with contextlib.suppress(Unfinished):  # stopped between two parts; resuming repeats it
             log.add(step, training_step(run, step), run.G.learning_rate(step))
             done = step + 1
         stop = run.signals.stop()

@@ -1,14 +1,14 @@
 """The workloads as one table: Appendix B's numbers, the small MNIST run, and every option once.
 
-    mnist            28x28 digits, teacher embedded in assets/, minutes on a CPU (not in the paper)
+    mnist            28x28 digits, with a teacher in assets/; minutes on a CPU (not in the paper)
     cifar10          EDM's CIFAR-10 network, conditional (cifar10-uncond: unconditional)
     imagenet64       EDM's ImageNet-64 network
     edm              any network trained with EDM's code, given as --teacher (not in the paper)
     sd15             Stable Diffusion v1.5, the LAION-Aesthetics 6.25+ run
-    sd15-guidance8   the LAION-Aesthetics 6+ run, whose settings changed on the way (Table 5)
+    sd15-guidance8   the LAION-Aesthetics 6+ run, whose settings changed during training (Table 5)
 
 A row *is* the configuration of a run: make_pairs.py and train.py take the row of --dataset and
-change what the command line gives.
+replace the values that the command line gives.
 """
 
 import os
@@ -26,12 +26,12 @@ EDM_REFERENCE = "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/"  # statistics o
 
 @dataclass(frozen=True, kw_only=True)
 class Workload(Options):
-    """One column of Appendix B's table. Fields with a help line are command-line options. A run may
-    be resumed with other values of those marked `free`."""
+    """One workload of Appendix B. Fields with a help line are command-line options. Those marked
+    `free` may have other values when a run is resumed."""
 
     # What is distilled.
     dataset: str = option(MISSING, "mnist, cifar10(-uncond), imagenet64, edm, sd15(-guidance8)")
-    # Arguments of EDMPrecond; {}: those in the teacher's file. sd15: of the latents only.
+    # Arguments of EDMPrecond; {}: those in the teacher's file. sd15: only the latents' shape.
     network: dict = field(metadata={"free": True})
     teacher: str = option(MISSING, "file or address of the teacher; sd15: folder or Hub repository")
     reference: str = option("", None, free=True)  # statistics of the real images, for FID
@@ -55,7 +55,7 @@ class Workload(Options):
     lambda_dm: float = option(1.0, "weight of the KL loss (0: Table 2's ablation)", least=0)
     lambda_reg: float = option(0.25, "weight of the regression loss", least=0)
     distance: str = option("lpips", "distance of the regression loss", ("l2", "lpips"))
-    decoder: str = option("tiny", "sd15: full takes gigabytes per image", ("tiny", "full"))
+    decoder: str = option("tiny", "sd15: decoder; full takes gigabytes per image", ("tiny", "full"))
 
     # Optimisation: AdamW on both networks.
     steps: int = option(MISSING, "generator updates", least=1)
@@ -75,7 +75,7 @@ class Workload(Options):
     fake_lr_ratio: float = option(1.0, "learning rate of mu_fake, as a multiple of G's", least=0)
     ema: float = option(0.0, "share of the run over which G is averaged; 0: off", least=0, most=1)
 
-    # How the run is carried out: nothing here changes the result beyond rounding.
+    # How the run is carried out. Nothing here changes the result beyond rounding.
     out: str = option(MISSING, "run folder", free=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", free=True)
     accumulate: int = option(1, "parts per step: less memory, same batch", least=1, free=True)
@@ -100,7 +100,7 @@ class Workload(Options):
             )
 
     def at(self, step: int) -> "Workload":
-        """The row at step k, counted from 0: Table 5's phases change some of its values."""
+        """The row at step k, counted from 0, because Table 5's phases change some of its values."""
         return replace(self, **next((values for end, values in self.phases if step < end), {}))
 
     @property
@@ -159,7 +159,7 @@ ROWS = {
         network=dict(img_resolution=64, img_channels=4, label_dim=0),  # the condition is text
         teacher="stable-diffusion-v1-5/stable-diffusion-v1-5",
         num_pairs=500_000, solver="pndm", solver_steps=50, guidance=3.0, solver_batch=8,
-        solver_amp="auto", half="fp16",  # bf16's rounding of eps counts 14.6 times, SDDenoiser
+        solver_amp="auto", half="fp16",  # Eq. 11 magnifies the rounding of eps 14.6 times
         weighting="alg2", kl_on_pairs=True, steps=20_000, batch_size=2304, batch_size_ref=1152,
         learning_rate=1e-5,
     ),
@@ -195,8 +195,8 @@ EDM_NUMBERS = ROWS["imagenet64"].keys() - {"network", "teacher", "reference"}
 
 
 def get_workload(dataset: str = "mnist", **changed) -> Workload:
-    """A row of the table with some values changed, in all its phases. A batch_size alone changes
-    batch_size_ref in proportion."""
+    """A row of the table with some values changed, in all its phases. If batch_size is changed
+    alone, batch_size_ref changes in proportion."""
     if dataset not in WORKLOADS:
         raise UserError(f"unknown dataset {dataset!r}; choose one of {', '.join(WORKLOADS)}")
     row = WORKLOADS[dataset]
