@@ -1,8 +1,8 @@
 """Text-to-image models on captions: zero-shot COCO (appendix D), or your own captions and images.
 
-Pictures are drawn once and kept as PNG at full size, named by the number of their caption. To be
-measured, drawn and real pictures are cropped to the central square and resized to 256x256 by
-Lanczos' filter. Both measures need an optional package:
+Pictures are drawn once and kept as PNG at full size, named by the number of their caption. Before
+they are measured, drawn and real pictures are cropped to the central square and resized to 256x256
+by Lanczos' filter. Each measure needs an optional package:
 
     FID         clean-fid's "clean" protocol (Parmar et al. 2022, arXiv 2104.11222)
     CLIP score  mean cosine between a picture and "A photo depicts " + its caption, by OpenCLIP's
@@ -41,15 +41,15 @@ def picture(folder: Path, k: int) -> Path:
 def draw_missing(
     folder: Path, count: int, draw: Callable[[list[int]], Tensor], batch_size: int, ranks: Ranks
 ) -> None:
-    """Draw the missing ones of the pictures 0 .. count - 1, shared among the ranks. `draw` turns
-    numbers k into images (B, 3, H, W) in about [-1, 1], each a function of its k alone."""
+    """Draw those of pictures 0 .. count - 1 that are missing; the ranks share them. `draw` turns
+    numbers k into images (B, 3, H, W), about [-1, 1], each a function of its k alone."""
     missing = [k for k in range(count) if not picture(folder, k).exists()]
-    ranks.barrier()  # no rank writes before all have looked
+    ranks.barrier()  # no rank writes before all have listed them
     mine = missing[ranks.rank :: ranks.count]
     for start in tqdm(range(0, len(mine), batch_size), desc=folder.name, disable=ranks.rank > 0):
         numbers = mine[start : start + batch_size]
         for k, image in zip(numbers, draw(numbers), strict=True):
-            # Rounded down, as in the authors' code of DMD2 (EDM's rounds to the nearest).
+            # Rounded down, as in the authors' code for DMD2 (EDM's code rounds to nearest).
             pixels = ((image.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
             with atomic_path(picture(folder, k)) as temporary:
                 Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG")
@@ -66,13 +66,13 @@ def preview(folder: Path, count: int) -> Path:
 
 
 def latency(draw: Callable[[], Tensor]) -> float:
-    """Milliseconds of one `draw`, from text to image: the median of 50, after three to warm up."""
+    """Milliseconds of one `draw`, from text to image: the median of 50, after 3 to warm up."""
     seconds = timeit.repeat(lambda: draw().cpu(), number=1, repeat=53)  # .cpu() waits for the GPU
     return 1000 * statistics.median(seconds[3:])
 
 
 def square(pixels: np.ndarray) -> np.ndarray:
-    """The central square of an image, resized: uint8 (H, W, 3) -> uint8 (256, 256, 3)."""
+    """Cut out the central square and resize it: uint8 (H, W, 3) -> uint8 (256, 256, 3)."""
     image = Image.fromarray(pixels)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -89,7 +89,7 @@ def optional(module: str, package: str) -> ModuleType:
 
 
 def folder_fid(drawn: Path, real: Path, device: torch.device) -> float:
-    """FID between two folders of images, by the Inception network that clean-fid downloads."""
+    """FID between two folders of images, with the Inception network that clean-fid downloads."""
     fid = optional("cleanfid.fid", "clean-fid")
     try:
         network = fid.build_feature_extractor("clean", device, use_dataparallel=False)

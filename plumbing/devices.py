@@ -1,4 +1,4 @@
-"""Where the work runs: on which device, in which precision, in how many processes.
+"""Where the work runs: the device, the precision and the processes.
 
     python train.py ...                                             one process
     torchrun --nproc-per-node 8 train.py ...                        one on each of eight GPUs
@@ -26,9 +26,9 @@ AMP = ("auto", *DTYPES)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; for "auto" the GPU if there is one, else the CPU.
+    """The device of this name. "auto" is the GPU if there is one, else the CPU.
 
-    Also switches off TF32, to which A100s and newer GPUs round the inputs of float32 convolutions.
+    It also switches off TF32, to which A100s and newer GPUs round inputs of float32 convolutions.
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if name == "auto":
@@ -43,7 +43,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def to(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Move tensors to the device, images (4 dimensions) in channels-last layout; None stays."""
+    """Move tensors to the device, images (4 dimensions) in channels-last layout. None stays."""
     layouts = {4: torch.channels_last}
     return [
         x if x is None else x.to(device, memory_format=layouts.get(x.ndim, torch.preserve_format))
@@ -52,27 +52,27 @@ def to(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def pick_amp(name: str, device: torch.device, half: str = "bf16") -> str:
-    """The precision of this name; for "auto" `half` on a GPU ("fp16" if it has no bf16), else
-    "off"."""
+    """The precision of this name. "auto" is "off" on a CPU, and on a GPU `half`, or "fp16" if the
+    GPU has no bf16."""
     if name == "auto" and device.type == "cuda":
         return half if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "off" if name == "auto" else name
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """A context in which networks compute in the precision `amp`; their weights stay float32."""
+    """A context in which networks compute in the precision `amp`. Their weights do not change."""
     return torch.autocast(device.type, DTYPES[amp], enabled=amp != "off")
 
 
 def share(n: int, part: int, parts: int) -> range:
-    """Part number `part` of 0 .. n-1, cut into `parts` consecutive parts; they are equally long if
-    `parts` divides n."""
+    """Part number `part` of 0 .. n-1, which is cut into `parts` consecutive parts. They are equally
+    long if `parts` divides n."""
     return range(n * part // parts, n * (part + 1) // parts)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that work together."""
+    """This process as one of those that work together."""
 
     rank: int  # its number, 0 .. count-1
     count: int  # how many there are
@@ -88,7 +88,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def first_goes_first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others, who then find what it downloaded."""
+        """Rank 0 runs the block before the other ranks, which then find what it downloaded."""
         if self.rank > 0:
             self.barrier()
         yield
@@ -114,8 +114,8 @@ class Ranks:
 
 @contextlib.contextmanager
 def others_alive() -> Iterator[None]:
-    """Turn the lost connection to a rank that has failed into a UserError; that rank prints its own
-    message. This rank's own errors, such as a CUDA error that shows up here, pass unchanged."""
+    """Turn a lost connection into a UserError: another rank has failed, and prints its own message.
+    This rank's own errors, such as a CUDA error that shows up here, pass unchanged."""
     try:
         yield
     except RuntimeError as error:
@@ -141,8 +141,8 @@ def join_ranks(device: str) -> Ranks:
         if where.index is not None or local >= torch.cuda.device_count():
             raise UserError("each rank needs its own GPU; lower --nproc-per-node and omit --device")
         where = torch.device("cuda", local)
-    # gloo for CPU tensors, NCCL for GPU tensors. The timeout is long because ranks that finish
-    # early may wait for hours; torchrun notices a rank that is gone.
+    # gloo for CPU tensors, NCCL for GPU tensors. The timeout is long because a rank that finishes
+    # early may wait for hours. If a rank dies, torchrun notices.
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=2))
     return Ranks(rank, count, where)

@@ -1,6 +1,6 @@
-"""MNIST, and the judge of digits: a small classifier, and figures computed from its features.
+"""MNIST, and the judge of digits: a small classifier and the figures computed from its features.
 
-assets/train_classifier.py makes its weights and the test images' statistics, both in assets/.
+assets/train_classifier.py makes its weights and the statistics of the test images, in assets/.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def trunk(architecture: str) -> nn.Sequential:
 
 
 class MNISTClassifier(nn.Module):
-    """A small classifier; its features are the last hidden layer, (B, 128)."""
+    """A small classifier. Its features are the last hidden layer, (B, 128)."""
 
     def __init__(self, architecture: str = "convolutions"):
         super().__init__()
@@ -48,14 +48,14 @@ class MNISTClassifier(nn.Module):
 
 @torch.inference_mode()
 def classify(classifier: nn.Module, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features (N, 128) and logits (N, 10), on the CPU, batch by batch."""
+    """Images (N, 1, 28, 28) -> features (N, 128) and logits (N, 10), both on the CPU."""
     rows = [classifier(batch.to(device)) for batch in images.split(500)]
     features, logits = zip(*rows, strict=True)
     return torch.cat(features).cpu(), torch.cat(logits).cpu()
 
 
 def load_classifier(device: torch.device, folder: Path = ASSETS) -> nn.Module:
-    """The classifier of a folder of assets/train_classifier.py, in eval mode."""
+    """The classifier that assets/train_classifier.py wrote to this folder, in eval mode."""
     tensors, metadata = read_tensors(folder / CLASSIFIER)
     classifier = MNISTClassifier(metadata.get("architecture", "convolutions"))
     load_strictly(classifier, tensors, folder / CLASSIFIER)
@@ -63,8 +63,8 @@ def load_classifier(device: torch.device, folder: Path = ASSETS) -> nn.Module:
 
 
 def class_diversity(images: Tensor, labels: Tensor) -> Tensor:
-    """Mean Euclidean distance between two images (N, C, H, W) of the same class -> (classes,)
-    float64, in ascending order of the labels (N,) long."""
+    """Images (N, C, H, W), labels (N,) long -> the mean Euclidean distance between two images of a
+    class, (classes,) float64, in ascending order of the labels."""
     by_class = [images[labels == label].flatten(1).double() for label in labels.unique()]
     return torch.stack([pdist(of_class).mean() for of_class in by_class])
 
@@ -72,7 +72,7 @@ def class_diversity(images: Tensor, labels: Tensor) -> Tensor:
 def measure(
     images: Tensor, labels: Tensor, device: torch.device, folder: Path = ASSETS
 ) -> dict[str, float]:
-    """evaluate.py's figures of images (N, 1, 28, 28) in [-1, 1] made for labels (N,) long, by the
+    """evaluate.py's figures for images (N, 1, 28, 28) in [-1, 1] made for labels (N,) long, by the
     judge in a folder: "fd", "accuracy" (0 .. 1), "diversity" (1 = the test images'), "samples"."""
     classifier, (statistics, _) = load_classifier(device, folder), read_tensors(folder / STATISTICS)
     features, logits = classify(classifier, images, device)
@@ -87,14 +87,14 @@ def measure(
 
 
 def neighbours(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, float]:
-    """How two sets of features (N, D) overlap. A point's ball reaches to the k-th nearest neighbour
-    in its own set.
+    """How two sets of features (N, D) overlap. The ball of a point reaches to its k-th nearest
+    neighbour in the same set.
 
     Returns:
-        Shares 0 .. 1. precision: of generated points in a real one's ball; recall: of real points
-        in a generated one's ball (both Kynkaanniemi et al. 2019, arXiv 1904.06991); coverage: of
-        real points whose ball holds a generated one (Naeem et al. 2020, arXiv 2002.09797; at equal
-        distributions 1 - 2^-k, which is 0.875).
+        Three shares, 0 .. 1. precision: generated points inside a real ball; recall: real points
+        inside a generated ball (both Kynkaanniemi et al. 2019, arXiv 1904.06991); coverage: real
+        balls with a generated point inside (Naeem et al. 2020, arXiv 2002.09797). For equal
+        distributions, coverage is 1 - 2^-k, which is 0.875.
     """
 
     def radii(points: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights by their address: downloaded once, and kept only if they are complete."""
+"""Weights by their address. They are downloaded once, and kept only if they are complete."""
 
 import hashlib
 import os
@@ -18,9 +18,9 @@ EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
 
 
 def fetch(source: str) -> Path:
-    """The local file of a path (which need not exist), of https://..., of hf://owner/repo/file, or
-    of the name of one of EDM's released networks, edm-....pkl. Downloads are kept in $DMD_CACHE
-    (default: ~/.cache/dmd); the Hub has its own cache."""
+    """The local file for a path (which need not exist), https://..., hf://owner/repo/file, or the
+    name of a network that EDM released, edm-....pkl. Downloads are kept in $DMD_CACHE (default:
+    ~/.cache/dmd), those from the Hub in the Hub's own cache."""
     if re.fullmatch(r"edm-[\w-]+\.pkl", source) and not Path(source).exists():
         source = EDM_URL + source
     if source.startswith("hf://"):
@@ -40,7 +40,7 @@ def fetch(source: str) -> Path:
 
 
 def find_on_hub(repo: str, names: Sequence[str]) -> Path:
-    """The first of these files of a Hub repository that is in the Hub's cache or can be fetched."""
+    """The first of `names` in a Hub repository that is cached or can be downloaded."""
     if repo.count("/") != 1 or not any(names):
         what = "neither a local folder nor a Hub repository (owner/name)"
         raise UserError(f"{repo} is {what}; a file on the Hub is hf://owner/name/file")
@@ -62,8 +62,8 @@ def find_on_hub(repo: str, names: Sequence[str]) -> Path:
 
 
 def download(url: str, path: Path, sha256: str = "") -> None:
-    """Download to `path`, which appears only once the file is as long as the server announced and
-    its SHA-256 begins with `sha256` (at most 16 digits)."""
+    """Download to `path`. It appears only if the file is as long as the server announced and its
+    SHA-256 begins with `sha256` (at most 16 digits)."""
     with atomic_path(path) as part:
         try:
             with urllib.request.urlopen(url, timeout=30) as response, open(part, "w+b") as file:

@@ -20,7 +20,7 @@ def write_figure(path: Path, figure) -> None:
 
 
 def write_film(path: Path, frames: list[Image.Image]) -> None:
-    """Write pictures as an endless GIF, atomically: 0.2 seconds each, the last one 2 seconds."""
+    """Write pictures as a GIF that repeats, atomically: 0.2 seconds each, and 2 for the last."""
     how = {"save_all": True, "append_images": frames[1:], "loop": 0, "optimize": True}
     how["duration"] = [200] * (len(frames) - 1) + [2000]  # milliseconds
     with atomic_path(path) as temporary:
@@ -34,7 +34,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> None:
     """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, row by row as one PNG, with `gap` pixels of
-    light grey between them. The whole picture is magnified `scale` times, an integer."""
+    light grey between them. `scale`, an integer, magnifies the whole picture."""
     from torchvision.utils import make_grid  # slow to import
 
     grid = make_grid(to_uint8(images.detach().cpu()), columns, gap, pad_value=200)
@@ -67,8 +67,8 @@ def draw_panels(
 
     Args:
         panels: title -> generated samples (B, 2, 1, 1); labels: a line below each panel.
-        real: real samples (N, 2), drawn behind; modes (M, 2), std: the Gaussians they come from,
-            drawn as contours at 1, 2 and 3 standard deviations.
+        real: real samples (N, 2), drawn behind the others; modes (M, 2), std: the Gaussians that
+            they come from, drawn as contours at 1, 2 and 3 standard deviations.
         size: width and height of the figure in inches.
     """
     from matplotlib.figure import Figure  # imported late, see options.py
@@ -92,13 +92,13 @@ def draw_panels(
 def draw_film(path: Path, films: dict[str, list[tuple]], steps: list[int], draw: Callable) -> None:
     """Write the panels at several steps as a film, with the scores as arrows.
 
-    The real score (blue) pulls samples towards real data; the negative fake score (brown) pushes
-    them apart; their sum (black) is the negative of Eq. 7's gradient.
+    The real score (blue) pulls samples towards real data. The negative fake score (brown) pushes
+    them apart. Their sum (black) points against the gradient of Eq. 7.
 
     Args:
         films: panel -> for every step, samples (B, 2, 1, 1) and the real and the fake score
             (A, 2, 1, 1) of the first A of them.
-        draw: {panel: samples}, size -> a figure, as draw_panels makes it.
+        draw: {panel: samples}, size -> a figure like that of draw_panels.
     """
     pictures = []
     for k, step in enumerate(tqdm(steps, desc="film")):

@@ -1,14 +1,14 @@
 """Read EDM weights from other people's files, without running anything in them.
 
 All formats but safetensors are pickles, and a pickle is a program: it names functions and calls
-them. NVIDIA's pickles even carry the source of their networks, to be executed.
+them. NVIDIA's pickles even carry the source code of their networks, to be executed.
 
-    stand_ins   is the table of names that such a pickle may use, with a harmless stand-in for each;
-                any other name is an error
-    rebuild     reads the second pickle, hidden in every tensor's bytes, by torch.load with
-                weights_only=True (as all files of torch.save are), and checks the tensor's bounds
+    stand_ins   is a table of the names that such a pickle may use, with a harmless stand-in for
+                each. Any other name is an error.
+    rebuild     reads the second pickle that the bytes of every tensor contain, by torch.load with
+                weights_only=True (as for all files of torch.save), and checks the tensor's bounds.
 
-A file that is made to fill the memory or to keep Python busy is not defended against.
+There is no defence against a file that is made to fill the memory or to keep Python busy.
 """
 
 import io
@@ -35,8 +35,8 @@ MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # at the start of torch.s
 
 
 def load_edm(path: str | Path, architectures: Sequence[dict] = ()) -> EDMPrecond:
-    """A network from any file that read_edm_file reads: in eval mode, float32, on the CPU, without
-    gradients. Its attribute `metadata` is the file's metadata.
+    """Load a network from any file that read_edm_file reads: float32, in eval mode, frozen, on the
+    CPU. Its attribute `metadata` is the file's metadata.
 
     Args:
         architectures: arguments of EDMPrecond. A file that does not record its own must have the
@@ -49,12 +49,12 @@ def load_edm(path: str | Path, architectures: Sequence[dict] = ()) -> EDMPrecond
 
     with one_line_errors(Path(path)):
         try:
-            with torch.device("meta"):  # do not spend time on initialising the weights
+            with torch.device("meta"):  # spend no time on initialising the weights
                 nets = [EDMPrecond(**each) for each in ([kwargs] if kwargs else architectures)]
         except ValueError as error:  # an unsupported architecture
             raise UserError(str(error)) from error
         if not nets:
-            raise UserError("it does not say which network it is of; use the file of a run")
+            raise UserError("it does not say which network it belongs to; use the file of a run")
         net = min(nets, key=lambda net: len(shapes(tensors) ^ shapes(net.state_dict())))
         nearest = f"the nearest takes images {net.image_shape} of {net.label_dim} classes"
         what = "it" if kwargs else f"it fits no known network; {nearest}; compared with that, it"
@@ -71,8 +71,8 @@ def read_edm_file(path: str | Path) -> tuple[dict[str, Tensor], dict | None, dic
         tensors: as in EDMPrecond's state dict, of any floating type; copy them, because they may
             be mapped to the file.
         kwargs: EDMPrecond's arguments, or None if the file does not record them.
-        metadata: of this repository's files, what they were written with; of a "model_g"
-            checkpoint, {"role": "generator", "sigma": 79.56}, the noise level of its step; else {}.
+        metadata: what this repository's files were written with; for a "model_g" checkpoint,
+            {"role": "generator", "sigma": 79.56}, the noise level of its step; else {}.
     """
     path = Path(path)
     kwargs, metadata = None, {}
@@ -96,7 +96,7 @@ def image_size(teacher: str) -> int:
     if Path(teacher).is_file():
         _, kwargs, _ = read_edm_file(teacher)
         if not kwargs:
-            raise UserError(f"{teacher} does not say which network it is of; use a run's file")
+            raise UserError(f"{teacher} does not say which network it belongs to; use a run's file")
         return kwargs["img_resolution"]
     if named := re.search(r"-(\d+)x\d+-", teacher):
         return int(named[1])
@@ -104,7 +104,7 @@ def image_size(teacher: str) -> int:
 
 
 def file_format(path: Path) -> str:
-    """ "pickle" (NVIDIA's), "torch" (zip or older) or "safetensors", by the file's first bytes."""
+    """Tell a "pickle" (NVIDIA's), "torch" (zip or older) and "safetensors" by the first bytes."""
     with one_line_errors(path):
         with open(path, "rb") as file:
             head = file.read(64)
@@ -122,9 +122,9 @@ def file_format(path: Path) -> str:
 
 
 def sampling_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under EDMPrecond's names, without what sampling never uses: `map_augment`, and
-    the `resample_filter`s, which must be 2x2 boxes."""
-    # DDP's wrapper, then DMD2's, beside which other networks may be saved.
+    """A state dict under EDMPrecond's names, without what it does not need: `map_augment` and the
+    `resample_filter`s, which must be 2x2 boxes."""
+    # DDP's wrapper, then DMD2's. A file may hold other networks beside these.
     for wrapper in ("module.", "feedforward_model.", "module."):
         inside = {k.removeprefix(wrapper): v for k, v in stored.items() if k.startswith(wrapper)}
         stored = inside or stored
@@ -170,7 +170,7 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 class Pickled:
-    """What is kept of a module (or a numpy.dtype): its class's name and its attributes."""
+    """What is kept of a module (or a numpy.dtype): the name of its class, and its attributes."""
 
     def __init__(self, class_name: str, state: Any = None):
         self.class_name, self.state = class_name, state
@@ -180,7 +180,7 @@ class Pickled:
 
 
 def stand_ins() -> dict[tuple[str, str], Any]:
-    """The names in NVIDIA's pickles -> stand-ins, new in each call: a pickle can change them."""
+    """The names in NVIDIA's pickles -> stand-ins, made anew because a pickle can change them."""
 
     def scalar(dtype: Pickled, data: bytes) -> float:
         return struct.unpack({"f8": "<d"}[dtype.class_name], data)[0]  # all of EDM's are float64
@@ -215,11 +215,11 @@ def named_tensors(module: Pickled, prefix: str = "") -> Iterator[tuple[str, Tens
 
 
 def rebuild(blob: bytes, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    """The tensor, if it lies inside its bytes, which torch's own function does not check. Called
-    after the whole pickle has been read, when nothing in it can change the tensor any more."""
+    """The tensor, after a check that torch's own function omits: it must lie inside its bytes. Call
+    this after the whole pickle has been read, when it can no longer change the tensor."""
     storage = torch_load(io.BytesIO(blob))
-    # The blob ends with the number of values, as int64, and the values themselves. Only their type
-    # comes from torch.load, because a file can make it leave the values uninitialised.
+    # The blob ends with the number of values, as int64, and the values. Only their type is taken
+    # from torch.load, because a file can make it leave the values uninitialised.
     nbytes = storage._untyped_storage.nbytes()  # the public names raise warnings
     count = nbytes // storage.dtype.itemsize
     if blob[-nbytes - 8 : -nbytes] != struct.pack("<q", count):

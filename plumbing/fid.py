@@ -1,7 +1,7 @@
 """The Frechet Inception Distance by EDM's protocol, in pieces that evaluate.py puts together.
 
-FID depends on the number of images and on the seeds, so only equal protocols compare. EDM's (the
-README, generate.py and fid.py of github.com/NVlabs/edm), which the paper follows:
+FID depends on the number of images and on the seeds, so it can only be compared under the same
+protocol. The paper follows EDM's (README, generate.py and fid.py of github.com/NVlabs/edm):
 
     seeds       Image k has its own random generator, seeded with k (modulo 2^32), on the device
                 that samples. It draws the noise, then the class label, uniform over the classes.
@@ -10,7 +10,7 @@ README, generate.py and fid.py of github.com/NVlabs/edm), which the paper follow
                 lowest FID is reported.
     rounding    uint8 by x * 127.5 + 128, clamped (drawing.to_uint8). Inception itself resizes to
                 299x299, as in TensorFlow 1.
-    sums        Mean and covariance (denominator N - 1) in float64. The reference statistics, an
+    sums        Mean and covariance (denominator N - 1) are float64. The reference statistics, an
                 .npz with `mu` and `sigma`, are those of all training images.
 """
 
@@ -73,8 +73,8 @@ def inception(device: torch.device | str) -> nn.Module:
 
 @torch.no_grad()
 def feature_statistics(batches: Iterable[Tensor], network: Callable, ranks: Ranks) -> Statistics:
-    """Of the features (D = 2048) of all ranks' images, on the CPU; from sums, in float64 because
-    they cancel. `batches` are this rank's, uint8 RGB (B, 3, H, W); `network` is `inception`'s."""
+    """Statistics of the features (D = 2048) of all ranks' images, on the CPU. The sums are float64,
+    because they cancel. `batches`: this rank's, uint8 RGB (B, 3, H, W); `network`: inception's."""
     count = torch.zeros((), dtype=torch.float64, device=ranks.device)
     total = torch.zeros(FEATURES, dtype=torch.float64, device=ranks.device)
     outer = torch.zeros(FEATURES, FEATURES, dtype=torch.float64, device=ranks.device)
@@ -95,7 +95,7 @@ def mean_and_covariance(features: Tensor) -> Statistics:
 
 
 def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500), of means
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500), for means
     (D,) and covariances (D, D) in float64. The trace of (C1 C2)^(1/2) is the sum of the roots of
     the eigenvalues of C1 C2, which are those of the symmetric C1^(1/2) C2 C1^(1/2)."""
     values, vectors = torch.linalg.eigh(cov_1)
@@ -108,8 +108,8 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
 def read_reference(
     path: Path, network: Callable, batch_size: int, ranks: Ranks, size: int
 ) -> Statistics:
-    """From an .npz with `mu` (2048,) and `sigma` (2048, 2048), as EDM's, or from a folder of images
-    (size x size), which the ranks share. On the CPU."""
+    """Statistics of the real images, on the CPU: read from an .npz with `mu` (2048,) and `sigma`
+    (2048, 2048), or computed from a folder of images (size x size), which the ranks share."""
     if path.is_dir():
         return feature_statistics(read_images(path, batch_size, ranks, size), network, ranks)
     with one_line_errors(path), np.load(path, allow_pickle=False) as archive:

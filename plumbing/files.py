@@ -1,4 +1,4 @@
-"""Atomic writing, which leaves a whole file or none, and strict reading."""
+"""Atomic writing, which leaves a whole file or none at all, and strict reading."""
 
 import contextlib
 import csv
@@ -54,7 +54,7 @@ def write_json(path: Path, value) -> None:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows (all with the keys of the first) as a CSV file atomically."""
+    """Write rows, all with the keys of the first, as a CSV file atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -96,18 +96,18 @@ def one_line_errors(path: Path) -> Iterator[None]:
 
 
 def one_line(text: object, limit: int = 500) -> str:
-    """Text of unknown origin, made fit to print: one line, printable, shortened to `limit`."""
+    """Text of unknown origin as one printable line of at most about `limit` characters."""
     line = " ".join(str(text).split())
     line = "".join(c if c.isprintable() else "?" for c in line)
     return line if len(line) <= limit else line[:limit] + " ..."
 
 
 def torch_load(source: Path | io.BytesIO) -> Any:
-    """torch.load of tensors and plain containers only; a zip file is mapped, not read whole."""
+    """torch.load for tensors and plain containers only. Zip files are mapped, not read whole."""
     mmap = isinstance(source, Path) and zipfile.is_zipfile(source)
     try:
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:  # its own text advises to trust the file
+    except pickle.UnpicklingError as error:  # its own text advises trusting the file
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it names {named[1]}, which no state dict needs" if named else "it is no state dict"
         raise UserError(f"{what}; nothing was run") from error

@@ -20,14 +20,13 @@ def learning_rate(step: int, peak: float, warmup: int, end: int | None = None) -
 
 
 def average_decay(step: int, share: float) -> float:
-    """Decay of a moving average that remembers about this share of the steps so far, so that the
-    start of a run is forgotten however long it is: the power-function profile of Karras et al. 2024
-    (arXiv 2312.02696), whose gamma + 1 is 1 / share."""
+    """The decay of a moving average over about the last `share` of the steps so far: the power
+    function profile of Karras et al. 2024 (arXiv 2312.02696), whose gamma + 1 is 1 / share."""
     return (1 - 1 / (step + 1)) ** (1 / share)
 
 
 class Unfinished(Exception):
-    """A step was abandoned between its parts; nothing has changed."""
+    """A step was abandoned between two of its parts. Nothing has changed."""
 
 
 class Learner:
@@ -41,12 +40,12 @@ class Learner:
     part (by DistributedDataParallel).
 
     Args:
-        network: what is trained, on its device; its training or eval mode is kept.
-        peak, warmup, end: of learning_rate; betas, weight_decay: of AdamW.
+        network: the network to train, on its device. Its training or eval mode is kept.
+        peak, warmup, end: see learning_rate; betas, weight_decay: see AdamW.
         grad_clip: largest L2 norm of the gradient.
         fp16: scale the loss, so that small gradients do not become zero in half precision.
         shard: spread AdamW's state over the ranks.
-        decay: step -> decay of the moving average of the weights; None: no average.
+        decay: step -> decay of the moving average of the weights. None: no average.
 
     Attributes:
         network: the bare network, for its weights; model: the network to call.
@@ -74,8 +73,8 @@ class Learner:
         self.average = copy.deepcopy(network).requires_grad_(False) if decay else network
         kind, options = torch.optim.AdamW, dict(betas=betas, weight_decay=weight_decay, fused=True)
         if self.sharded:
-            # ZeRO-1: a GPU holds both networks, but not AdamW's state, which is twice their size.
-            # Unlike FSDP, it does not change the networks or their checkpoints.
+            # ZeRO-1: a GPU holds both networks, but only its share of AdamW's state, which is twice
+            # their size. Unlike FSDP, this does not change the networks or their checkpoints.
             from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
 
             kind, options = ZeroRedundancyOptimizer, {"optimizer_class": kind, **options}
@@ -90,8 +89,8 @@ class Learner:
                 setattr(self.model, name, table)  # a denoiser's noise table
 
     def parts(self, parts: Sequence, leave: Callable[[], bool] | None = None) -> Iterator:
-        """Yield the parts of a step, which all count equally. `leave` is asked between two parts;
-        if it returns True, the gradients are dropped and Unfinished is raised."""
+        """Yield the parts of a step, which all count equally. If `leave`, called between two parts,
+        returns True, the gradients are dropped and Unfinished is raised."""
         self.count = len(parts)
         for i, part in enumerate(parts):
             if i > 0 and leave is not None and leave():

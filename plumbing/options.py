@@ -1,4 +1,4 @@
-"""The command line of every script: options from a dataclass, one-line errors."""
+"""The command line of every script: options from a dataclass, and errors of one line."""
 
 import argparse
 import dataclasses
@@ -35,11 +35,11 @@ def option(
     """A dataclass field that is an option of the command line.
 
     Args:
-        help: its line in --help; None if the field is no option.
-        choices: the only values that are allowed; () allows all.
+        help: its line in --help; None if the field is not an option.
+        choices: the allowed values; () allows all.
         flag: its name on the command line; by default the field's name.
         free: the value does not change the result, so a run may be resumed with another one.
-        **bounds: of a number: least, above, most, below (the keys of BOUNDS).
+        **bounds: limits of a number: least, above, most, below (the keys of BOUNDS).
     """
     metadata = {"help": help, "choices": choices, "flag": flag, "free": free, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
@@ -51,7 +51,7 @@ def flag_of(field: dataclasses.Field) -> str:
 
 
 class Options:
-    """Base class for dataclasses of options: values that are not allowed raise UserError."""
+    """Base class for dataclasses of options. Values that are not allowed raise UserError."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -64,7 +64,7 @@ class Options:
                     raise UserError(f"{flag_of(field)} must be one of {known}, not {each!r}")
             for name, bound in about["bounds"].items():
                 holds, words = BOUNDS[name]
-                if not holds(value, bound):  # so that NaN fails too
+                if not holds(value, bound):  # NaN fails, too
                     raise UserError(f"{flag_of(field)} must be {words} {bound}, not {value}")
 
     def settings(self) -> dict:
@@ -130,7 +130,7 @@ def parse_numbers(text: str, name: str) -> list[int]:
 
 
 def run_script(main: Callable, make: Callable, doc: str, flags: str | None = None):
-    """Call main with what `parse` returns; a UserError becomes one line and exit code 2."""
+    """Call main with what `parse` returns. A UserError becomes one line and exit code 2."""
     try:
         main(parse(make, doc, flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():

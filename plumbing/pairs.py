@@ -1,4 +1,4 @@
-"""Noise/image pairs on disk, and all random draws.
+"""Noise/image pairs on disk, and everything that is drawn at random.
 
 A folder of pairs holds `meta.json`, which says how they were made (dataset, teacher, solver, ...),
 and the shards `shard_00000.safetensors`, ... of `shard_size` pairs each, with these tensors:
@@ -37,8 +37,8 @@ def generator(stream: str, seed: int, step: int = 0, row: int = 0) -> np.random.
     """A generator for row i of step k in one of STREAMS, determined by these four numbers alone.
 
     Philox (Salmon et al. 2011, doi 10.1145/2063384.2063405) computes each number from a key, here
-    (seed, stream), and a counter, which starts at (step, row, 0, 0). Two generators differ in the
-    key or in all counters, whatever the seeds, so no number is used twice.
+    (seed, stream), and a counter, which starts at (step, row, 0, 0). No two generators share both
+    a key and a counter, whatever the seeds, so no number is used twice.
     """
     key = np.array([seed, STREAMS.index(stream)], np.uint64)
     counter = np.array([0, 0, row, step], np.uint64)  # lowest word first
@@ -56,7 +56,7 @@ def uniform(draws: np.random.Generator, *shape: int) -> Tensor:
 
 
 def sample_noise(stream: str, seed: int, indices: Iterable[int], shape: tuple[int, ...]) -> Tensor:
-    """z of the samples k in indices -> (len, *shape). It depends on (stream, seed, k) alone, not on
+    """z of the samples k in `indices`, (len, *shape). It depends on (stream, seed, k) alone, not on
     the batch size, the number of processes or the device."""
     return torch.stack([normal(generator(stream, seed, row=k), *shape) for k in indices])
 
@@ -64,8 +64,8 @@ def sample_noise(stream: str, seed: int, indices: Iterable[int], shape: tuple[in
 def draw_rows(
     stream: str, seed: int, step: int, rows: Sequence[int], shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Draw for every row i of step k: three uniform numbers in [0, 1), and normal ones -> (B, 3)
-    float64, (B, *shape)."""
+    """For every row i of step k, draw three uniform numbers in [0, 1) -> (B, 3) float64, and normal
+    ones -> (B, *shape) float32."""
     u, normals = torch.empty(len(rows), 3, dtype=torch.float64), torch.empty(len(rows), *shape)
     for i, row in enumerate(rows):
         draws = generator(stream, seed, step, row)
@@ -88,10 +88,10 @@ class Pairs:
     Args:
         folder: as written by make_pairs.py.
         dataset: the dataset that the pairs must belong to.
-        first: use only the first so many pairs; None: all.
+        first: the number of pairs to use, from the first one on; None: all.
 
     Attributes:
-        meta: meta.json; prompts: of all pairs, empty unless the teacher is text-conditional.
+        meta: the contents of meta.json; prompts: those of all pairs, empty without text.
     """
 
     def __init__(self, folder: Path, dataset: str, first: int | None = None):
@@ -125,7 +125,7 @@ class Pairs:
             )
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | list[str] | None]:
-        """Pairs k in indices -> z_ref, y_ref (R, C, H, W) float32, labels (R,), prompts or None."""
+        """Pairs k of indices -> z_ref, y_ref (R, C, H, W) float32, labels (R,), prompts or None."""
         rows = [divmod(k, self.meta["shard_size"]) for k in indices]
 
         def gather(name: str) -> Tensor:
@@ -149,9 +149,9 @@ def open_shard(path: Path, count: int):
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file (.gz: compressed), without blank ones.
+    """The lines of a UTF-8 text file (.gz: compressed) that are not blank.
 
-    Only a newline ends a line; Unicode's other line breaks in a caption become spaces.
+    Only a newline ends a line. Unicode's other line breaks become spaces.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     try:

@@ -1,13 +1,13 @@
 """What a run writes to disk, how it resumes, and how it is interrupted.
 
-    config.json                the settings that decide the result; see claim_folder
+    config.json                the settings that decide the result (see claim_folder)
     log.csv, curves.png        SCALARS of every step
-    samples_STEP.png           pictures; at the end training.gif, a film of them
-    generator.safetensors      G, with all that is needed to build it; for Stable Diffusion also
+    samples_STEP.png           pictures; at the end also training.gif, a film of them
+    generator.safetensors      G, with everything needed to build it; for Stable Diffusion also
                                unet/, a folder that diffusers opens
-    checkpoint.pt              everything needed to resume: tensors and plain numbers only
+    checkpoint.pt              everything needed to resume: only tensors and plain numbers
 
-Every file is written whole or not at all (files.py).
+Every file is written whole or not at all (see files.py).
 """
 
 import csv
@@ -35,12 +35,12 @@ SHOW_EVERY = 10  # steps after which the scalars are read, checked and shown
 
 
 def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...] = ()) -> None:
-    """Write `settings`, everything that decides what the folder will hold, to its file `name`.
-    Raise UserError if the folder holds files that are not ours or were made with other settings;
-    only the settings in `may_grow` may be larger than before."""
+    """Write `settings`, which decide everything that the folder will hold, to its file `name`.
+    Raise UserError if the folder holds files that are not ours or were made with other settings.
+    Only the settings in `may_grow` may be larger than before."""
     settings = json.loads(json.dumps(settings))
     found = read_json(out / name) if (out / name).exists() else {}
-    # A setting that did not exist when the work began has not changed.
+    # A setting that an older file lacks counts as unchanged.
     changed = sorted(k for k in settings if found.get(k, settings[k]) != settings[k])
     grown = all(k in may_grow and settings[k] > found[k] for k in changed)
     held = {path.name for path in out.glob("[!.]*")}  # a killed process leaves hidden files
@@ -57,7 +57,7 @@ def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...]
 
 def load_checkpoint(out: Path, parts: dict) -> tuple[int, list[dict]]:
     """Restore the state of `parts`, {name: object with load_state_dict}, from checkpoint.pt.
-    Returns the number of steps done and the rows of the log; 0 and [] without a checkpoint."""
+    Returns the number of steps done and the rows of the log: 0 and [] without a checkpoint."""
     path = out / "checkpoint.pt"
     if not path.exists():
         return 0, []
@@ -84,11 +84,11 @@ def save_run(
     """Write all files of a run.
 
     Args:
-        rows: of the log; state: of the checkpoint, "step" and whatever load_checkpoint restores.
-        generator: its tensors and metadata; bands: see save_pictures; film: write the film, too.
+        rows: those of the log; state: the checkpoint, "step" and all that load_checkpoint restores.
+        generator: its tensors and metadata; bands: see save_pictures; film: also write the film.
         unet_config: for Stable Diffusion, see save_unet_folder.
-        keep: how many of the newest checkpoints and generators stay, if more than 1 as copies named
-            by their step.
+        keep: number of the newest checkpoints and generators that stay. If it is more than 1, they
+            are copies named by their step.
     """
     save_pictures(out, step, bands)
     if film:
@@ -98,13 +98,13 @@ def save_run(
     write_csv(out / "log.csv", rows)
     draw_curves(out / "curves.png", rows)
     write_tensors(out / "generator.safetensors", *generator, format="pt")
-    # Written last: a run that resumes repeats all steps after it, and rewrites the other files.
+    # The checkpoint is last: a run that resumes repeats the steps after it and rewrites the rest.
     with atomic_path(out / "checkpoint.pt") as temporary:
         torch.save(state, temporary)
     for path in (out / "checkpoint.pt", out / "generator.safetensors") if keep > 1 else ():
         with atomic_path(path.with_stem(f"{path.stem}_{step:06d}")) as temporary:
             shutil.copyfile(path, temporary)
-        # By age, not by step: a run that restarts from an early copy keeps what it writes next.
+        # By age, not by step: a run that resumes from an early copy must keep what it writes next.
         copies = sorted(out.glob(f"{path.stem}_[0-9]*{path.suffix}"), key=os.path.getmtime)
         for old in copies[:-keep]:
             old.unlink()
@@ -117,7 +117,7 @@ def save_pictures(out: Path, step: int, bands: list[Tensor]) -> None:
 
 
 def save_film(out: Path) -> None:
-    """Write training.gif: every samples_STEP.png in turn, at most 640 pixels wide and high."""
+    """Write training.gif: every samples_STEP.png in turn, at most 640 pixels wide or high."""
     frames = []
     for path in sorted(out.glob("samples_*.png")):
         with Image.open(path) as picture:
@@ -127,7 +127,7 @@ def save_film(out: Path) -> None:
 
 
 def save_unet_folder(out: Path, config: dict) -> None:
-    """Write unet/ for diffusers' UNet2DConditionModel.from_pretrained: the config, under diffusers'
+    """Write unet/ for diffusers' UNet2DConditionModel.from_pretrained: the config under diffusers'
     names, and a link to generator.safetensors."""
     write_json(out / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **config})
     link = out / "unet" / "diffusion_pytorch_model.safetensors"
@@ -142,13 +142,13 @@ class Log:
 
     Args:
         start, steps: the first step of this process and the number of steps of the run.
-        rows: what was logged before.
-        fp16: accept infinite gradients; optim.Learner.step skips such a step.
+        rows: those logged before.
+        fp16: accept infinite gradients, because optim.Learner.step then skips the step.
     """
 
     def __init__(self, ranks: Ranks, start: int, steps: int, rows: list[dict], fp16: bool):
         self.ranks, self.steps, self.rows, self.fp16 = ranks, steps, rows, fp16
-        self.waiting, self.images = [], 0  # images of a step over all ranks: the loop sets it
+        self.waiting, self.images = [], 0  # images per step over all ranks; the loop sets it
         how = {"desc": "train", "mininterval": 0.5, "disable": ranks.rank > 0}
         self.bar = tqdm(total=steps, initial=start, **how)
         self.note_save()
@@ -161,7 +161,7 @@ class Log:
         self.bar.update()
 
     def flush(self) -> list[dict]:
-        """Turn the waiting scalars into rows and return all rows. All ranks must call it. NaN and
+        """Turn the waiting scalars into rows, and return all rows. All ranks must call it. NaN and
         infinity end the run here, before the last checkpoint is overwritten."""
         if not self.waiting:
             return self.rows
@@ -179,7 +179,7 @@ class Log:
         return self.rows
 
     def note_save(self) -> None:
-        """Restart the clocks: images_per_s leaves out the time that saving takes."""
+        """Restart the clocks, so that images_per_s leaves out the time that saving takes."""
         self.clock = self.saved = time.perf_counter()
 
     def minutes_since_save(self) -> float:
@@ -197,8 +197,8 @@ class Log:
 
 
 class Signals:
-    """Notes Ctrl-C and SIGTERM, so that the loop can stop after the current step or between two of
-    its parts. A second Ctrl-C stops at once."""
+    """Notes Ctrl-C and SIGTERM. The loop then stops after the current step or between two of its
+    parts. A second Ctrl-C stops at once."""
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks

@@ -87,7 +87,7 @@ def test_mistakes(tmp_path, run_here, monkeypatch):
     for options, words in (
         (["edm"], ["--teacher FILE"]),
         (["edm", "--teacher", "mine.pkl"], ["mine.pkl is not a file"]),
-        (["edm", "--teacher", "bare.pt"], ["does not say which network it is of"]),
+        (["edm", "--teacher", "bare.pt"], ["does not say which network it belongs to"]),
         (["cifar10", "--teacher", three], ["3x16x16 images of 3 classes", "--dataset edm"]),
     ):
         result = run_here("make_pairs.py", "--out", "more", "--dataset", *options)
