@@ -2,7 +2,7 @@
 
     python assets/train_classifier.py            a few minutes on 2 CPU cores
 
-It replaces the two files in assets/. Figures of evaluate.py from before and after cannot be
+It replaces the two files in assets/. Figures of evaluate.py from before and after that cannot be
 compared. torchvision downloads MNIST (12 MB). The last line it prints:
 
     wrote mnist_classifier.safetensors and mnist_statistics.safetensors to assets: test accuracy ...
@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     for step in progress:
         draws = generator("assets", config.seed, step)
         index = torch.from_numpy(draws.integers(len(images), size=config.batch_size))
-        # Shifts of up to two pixels: digits are not always centred in what a generator makes.
+        # Shifts of up to two pixels, because a generator does not always centre its digits.
         dy, dx = draws.integers(-2, 3, size=2).tolist()
         x = images[index].roll((dy, dx), dims=(2, 3)).to(device)
         loss = F.cross_entropy(classifier(x)[1], labels[index].to(device), label_smoothing=0.05)
@@ -73,7 +73,7 @@ def main(config: Config) -> None:
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
 
-    # What ships is float16; the statistics belong to exactly those weights.
+    # The shipped weights are float16. The statistics belong to exactly these weights.
     tensors = classifier.half().state_dict()
     features, logits = classify(classifier.float().eval(), test_images, device)
     mean, covariance = mean_and_covariance(features)

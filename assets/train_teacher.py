@@ -2,17 +2,17 @@
 
     python assets/train_teacher.py
 
-In the paper the teacher is given (a released diffusion model). This script makes one that is small
-enough for a laptop: a class-conditional DDPM++ of 0.64 M parameters on 28x28 digits, trained as in
-Karras et al. 2022 (arXiv 2206.00364) with log-normal noise levels and the weight lambda(sigma).
-The result is a moving average of the weights.
+The paper's teachers are released diffusion models. This script makes one that is small enough for a
+laptop: a class-conditional DDPM++ of 0.64 M parameters for 28x28 digits, trained as in Karras et
+al. 2022 (arXiv 2206.00364) with log-normal noise levels and the weight lambda(sigma). The result is
+a moving average of the weights.
 
-Device: CPU (about an hour on 2 cores) or a GPU. torchvision downloads MNIST (12 MB). Interrupt it
-at any time; the same command resumes. The last line it prints:
+It takes about an hour on 2 CPU cores, and can use a GPU. torchvision downloads MNIST (12 MB). You
+can interrupt it at any time; the same command resumes. The last line it prints:
 
     wrote runs/mnist-teacher/teacher.safetensors (loss 0.2711)
 
-That file is assets/mnist_teacher.safetensors; its log.csv is assets/mnist_teacher.csv.
+This file is shipped as assets/mnist_teacher.safetensors, and its log.csv as mnist_teacher.csv.
 """
 
 import json
@@ -42,7 +42,7 @@ from workloads import WORKLOADS
 
 @dataclass
 class Config(Options):
-    """Options of the objective, the optimiser and the data."""
+    """The data, the objective and the optimisation."""
 
     data: str = option(
         "data", "folder of the MNIST files (downloaded by torchvision if missing)", free=True
@@ -55,8 +55,8 @@ class Config(Options):
     ema: float = option(
         0.999, "decay of the moving average of the weights, per step", least=0, below=1
     )
-    # EDM has P_mean = -1.2, P_std = 1.2 for photographs. The class of a digit is decided at larger
-    # noise, sigma = 1 to 5; at 0.3 a black and white image is almost visible.
+    # For photographs, EDM has P_mean = -1.2 and P_std = 1.2. The class of a digit is decided at
+    # larger noise, sigma = 1 to 5. At 0.3 a black and white image is easy to see.
     p_mean: float = option(0.2, "training noise levels: mean of ln sigma")
     p_std: float = option(1.1, "training noise levels: standard deviation of ln sigma", above=0)
     save_every: int = option(1000, "steps between checkpoints (and pictures)", least=1, free=True)
@@ -104,7 +104,7 @@ def main(config: Config) -> None:
 
     progress = tqdm(range(done, config.steps), initial=done, total=config.steps, desc="teacher")
     for step in progress:
-        # A batch of digits is a function of (seed, step) alone, so resuming is exact.
+        # A batch depends on (seed, step) alone, so resuming is exact.
         draws = generator("assets", config.seed, step)
         index = torch.from_numpy(draws.integers(len(images), size=config.batch_size))
         x, y = to(device, images[index], labels[index])

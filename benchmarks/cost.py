@@ -4,7 +4,7 @@
     python benchmarks/cost.py --tflops 989 --tflops-float32 67      H100
 
 Every network is built on the meta device, which takes no memory, and its floating-point operations
-are counted. With B unpaired and R paired images, and K images in the KL gradient, a step costs
+are counted. With B unpaired and R paired images, and K images in the KL gradient, a step costs:
 
     3 (B + R)    forwards for G
     5 K          forwards for mu_real and mu_fake; K more if the teacher is guided
@@ -13,7 +13,7 @@ are counted. With B unpaired and R paired images, and K images in the KL gradien
 
 The first two rows are 11 B forwards if R = K = B (see benchmarks/step.py). Days are those of one
 GPU at the given share of its half-precision peak. The pairs of the EDM datasets count at the rate
-of float32, because make_pairs.py computes them without --amp. (LPIPS is float32 too, but its
+of float32, because make_pairs.py computes them without --amp. (LPIPS is also float32, but its
 convolutions may use TF32, whose rate lies between the two. This is not taken into account.)
 """
 
@@ -36,7 +36,7 @@ from workloads import WORKLOADS, Workload
 
 @dataclass
 class Config(Options):
-    """The GPU."""
+    """The speed of the GPU."""
 
     tflops: float = option(
         312.0, "peak of the GPU, 10^12 operations per second (A100, bfloat16)", above=0
@@ -63,8 +63,8 @@ def forward_flops(dataset: str) -> int:
 
 
 def lpips_flops(workload: Workload) -> int:
-    """Operations of LPIPS for one pair of images: two forwards, and a backward to x_ref. That
-    backward costs as much as one forward, because VGG is frozen."""
+    """Operations of LPIPS for one pair of images: two forwards, and a backward to x_ref, which is
+    as much as one forward because VGG is frozen."""
     if workload.distance != "lpips":
         return 0
     size = 512 if workload.latent else 224
@@ -83,7 +83,7 @@ def step_flops(workload: Workload, forward: int) -> int:
 
 
 def pairs_flops(workload: Workload, forward: int) -> int:
-    """Operations of the teacher's ODE solutions."""
+    """Operations of all ODE solutions by the teacher."""
     steps = workload.solver_steps
     evaluations = 2 * steps - 1 if workload.solver == "heun" else 2 * (steps + 1)
     return workload.num_pairs * evaluations * forward
@@ -96,7 +96,7 @@ def main(config: Config) -> None:
     print(f"{peaks} at {config.utilisation:.0%}")
     print(f"{'':16}{'forward':>12}{'step':>15}{'steps':>9}{'pairs':>12}{'training':>12}")
     for dataset, workload in WORKLOADS.items():
-        if not workload.network:  # `edm`, whose network is that of a file
+        if not workload.network:  # `edm`, whose network is in a file
             continue
         forward = forward_flops(dataset)
         step = step_flops(workload, forward)

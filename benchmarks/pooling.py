@@ -5,7 +5,7 @@
 The paper follows Song et al., who call PIQ's LPIPS with replace_pooling=True: the same network with
 average pooling. Here both measure the distance between eight digits of the shipped student and the
 teacher's digits for the same noise. This is repeated for three VGGs with random weights; the linear
-layers are LPIPS's own. Each line gives the ratio of the losses, the ratio of the lengths of their
+layers are LPIPS's own. Each line gives the ratio of the losses, the ratio of the norms of their
 gradients, and the cosine between these gradients:
 
     average over max pooling: loss=1.06, gradient=1.08, cosine=0.98

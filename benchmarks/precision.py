@@ -3,9 +3,9 @@
     python benchmarks/precision.py                         full size: 20 minutes on a CPU core
     python benchmarks/precision.py --width 32 --size 16    a small network, in seconds
 
-One sample is computed in float32, in bf16 and in fp16. The half precisions are used by autocast, as
-in G and mu_fake, and again with converted weights, as SDTeacher.to does for the teacher.
-Errors are the root mean square of the difference from float32:
+One sample is computed in float32, in bf16 and in fp16. Half precision is used by autocast, as in G
+and mu_fake, and then also for the weights, as in the teacher (SDTeacher.to). Errors are the root
+mean square of the difference from float32:
 
     eps, t = 999        of the UNet without guidance, relative to eps
     x, t = 999          of the one-step sample (Eq. 11): sigma / alpha = 14.6 times that of eps
@@ -13,10 +13,10 @@ Errors are the root mean square of the difference from float32:
 
 The largest activation is taken over the inputs and outputs of all layers. The weights are PyTorch's
 random initial ones. With them eps has a standard deviation of about 0.3, while a trained network's
-is about 1. Therefore the errors of x and mu_real are divided by the root mean square of eps, too:
+is about 1. Therefore the errors of x and mu_real are also divided by the root mean square of eps:
 they are the errors of latents with standard deviation 1. Random weights do not tell how large the
-activations of the released ones are. On a CPU without fp16 instructions, a forward in fp16 takes
-minutes. The last line it prints:
+activations are with the released weights. On a CPU without fp16 instructions, a forward in fp16
+takes minutes. The last line it prints:
 
     fp16 overflows at 65504
 """
@@ -58,7 +58,7 @@ class Config(Options):
 
 
 def make_teacher(config: Config) -> SDTeacher:
-    """A guided teacher, always with the same random weights. Besides the UNet it only has the text
+    """A guided teacher, always with the same random weights. It has only the UNet and the text
     states of the empty prompt."""
     torch.manual_seed(0)
     widths = [config.width * factor for factor in (1, 2, 4, 4)]

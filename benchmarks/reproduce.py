@@ -4,8 +4,8 @@
     python benchmarks/reproduce.py --jobs 2       two runs at a time, of one core each
 
 It measures the real digits, the teacher with several numbers of steps, minimal.py with three seeds
-and the default recipe with five. Then, with fewer steps (STEPS) and three seeds each, it measures
-Table 2 in small, and the recipe with each departure from the paper undone alone. It writes to
+and the default recipe with five. Then it measures, with fewer steps (STEPS) and three seeds each,
+Table 2 in small, and the recipe with one departure from the paper undone at a time. It writes to
 results/
 
     mnist.json      every figure, with seed, seconds, commit, machine, and what it depends on
@@ -13,9 +13,9 @@ results/
     *.png, *.gif    digits of minimal.py and of every variant; digits, curves and film of the
                     default run
 
-and to assets/ the generator of the default run. What mnist.json already holds is not measured
+and the generator of the default run to assets/. What mnist.json already holds is not measured
 again, so an interrupted run resumes. Figures made with other losses, another loop, network, recipe,
-teacher or judge than today's are refused rather than mixed. The last line it prints:
+teacher or judge than today's are an error, so that they are never mixed. The last line it prints:
 
     wrote results/mnist.json and results/mnist.md
 """
@@ -74,14 +74,14 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 GENERATOR = ASSETS / "mnist_generator.safetensors"
 
-# What is measured: minimal.py, the default recipe, and variants of it with fewer steps, each of
-# which is a name -> options of train.py.
+# What is measured: minimal.py, the default recipe, and variants of it with fewer steps. A variant
+# is a name -> options of train.py.
 MINIMAL, DEFAULT, STEPS = "student, minimal.py", "student, default recipe", 300
 TABLE_2 = {
     "full": [],
     "without distribution matching": ["--lambda-dm", "0"],
     "without regression": ["--lambda-reg", "0"],
-    # As in the paper, whose 1e-5 is a fifth of CIFAR-10's rate.
+    # As in the paper, where 1e-5 is a fifth of CIFAR-10's rate.
     "without regression, a fifth of the learning rate": [
         "--lambda-reg", "0", "--learning-rate", str(WORKLOADS["mnist"].learning_rate / 5),
     ],
@@ -96,7 +96,7 @@ DEPARTURES = {
     "lambda_reg = 0.25": ["--lambda-reg", "0.25"],
     "as many paired samples as unpaired": ["--batch-size-ref", "16"],
 }
-SEEDS_OF_DEFAULT, SEEDS = 5, 3  # of the default recipe, of everything else
+SEEDS_OF_DEFAULT, SEEDS = 5, 3  # for the default recipe, for everything else
 # The teacher: name -> options of evaluate.py, evaluations of the network.
 SOLVERS = {
     "untrained student (the teacher's single step)": ({"rows": ("untrained",)}, 1),
@@ -108,7 +108,7 @@ REAL = "training images"
 SAMPLES = 10_000  # of each
 
 JUDGES = ("convolutions", "lenet")  # architectures of assets/train_classifier.py
-FIGURES = {  # of a judge: heading, how it is printed
+FIGURES = {  # a judge's figure -> its heading and its format
     "fd": ("FD", "{:.2f}"),
     "accuracy": ("accuracy", "{:.2%}"),
     "diversity": ("diversity", "{:.3f}"),
@@ -120,11 +120,11 @@ FIGURES = {  # of a judge: heading, how it is printed
 
 @dataclass
 class Config(Options):
-    """Where from and where to."""
+    """Folders, and the number of jobs."""
 
     data: str = option("data", "folder of the MNIST files (downloaded by torchvision if missing)")
     out: str = option("results", "folder of the results")
-    runs: str = option("runs/reproduce", "folder of all runs")
+    runs: str = option("runs/reproduce", "folder of the runs")
     jobs: int = option(1, "runs at a time, each with its share of the cores", least=1)
 
 
@@ -133,23 +133,23 @@ class Config(Options):
 
 
 def code_hash(*files: str) -> str:
-    """Of what the code does: comments, docstrings and layout do not count."""
+    """A hash of what the code does. Comments, docstrings and layout do not count."""
     dumps = []
     for file in files:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 node.body = node.body[ast.get_docstring(node) is not None :]
-        dumps.append(re.sub(r",? ?\w+=\[\]", "", ast.dump(tree)))  # which newer Pythons leave out
+        dumps.append(re.sub(r",? ?\w+=\[\]", "", ast.dump(tree)))  # newer Pythons omit these
     return hashlib.sha256("".join(dumps).encode()).hexdigest()[:16]
 
 
-ALL_PARTS = "losses loop network recipe teacher judge"  # of a run; a variant depends on STEPS too
+ALL_PARTS = "losses loop network recipe teacher judge"  # of a run; a variant also depends on STEPS
 
 
 @cache
 def dependencies() -> dict[str, str]:
-    """Part of the project -> hash."""
+    """The parts of the project on which figures depend -> their hashes."""
     workload = WORKLOADS["mnist"]
     recipe = {k: v for k, v in workload.settings().items() if k != "teacher"}
     recipe |= {"num_pairs": workload.num_pairs, "solver_steps": workload.solver_steps}
@@ -168,7 +168,7 @@ def dependencies() -> dict[str, str]:
 
 @cache
 def matmul_rate() -> float:
-    """GFLOP/s of this machine, before it is kept busy: a shared one has slow hours."""
+    """GFLOP/s of this machine before the runs start, because a shared machine has slow hours."""
     a, times = torch.randn(1024, 1024), []
     for _ in range(20):
         clock = time.perf_counter()
@@ -199,7 +199,7 @@ def run(script: str, *arguments: object, jobs: int = 1) -> float:
     if code == 130:
         raise KeyboardInterrupt
     if code:
-        raise UserError(f"{script} failed, see above; mend that and rerun")
+        raise UserError(f"{script} failed, see above; fix that and rerun")
     return time.perf_counter() - clock
 
 
@@ -216,11 +216,11 @@ class Judge:
         self.of_test_images = {name: self.features(name, images) for name in JUDGES}
 
     def features(self, name: str, images: Tensor) -> Tensor:
-        """Of one judge: (N, 128)."""
+        """The features of images by one judge, (N, 128)."""
         return classify(load_classifier(CPU, self.folders[name]), images, CPU)[0]
 
     def measure(self, images: Tensor, labels: Tensor) -> dict:
-        """images (N, 1, 28, 28) in [-1, 1], made for labels (N,) long -> figures."""
+        """Images (N, 1, 28, 28) in [-1, 1], made for labels (N,) long -> their figures."""
         judges = {}
         for name in JUDGES:
             judges[name] = measure(images, labels, CPU, self.folders[name])
@@ -231,7 +231,7 @@ class Judge:
 
 
 class Results:
-    """mnist.json: name -> seed -> figures, and all that is known of how they came about."""
+    """mnist.json: name -> seed -> figures, and how they came about."""
 
     def __init__(self, config: Config):
         self.path, self.judge = Path(config.out) / "mnist.json", None
@@ -253,11 +253,11 @@ class Results:
     def add(
         self, name: str, images: Tensor, labels: Tensor, parts: str, seed: int = 0, **more
     ) -> None:
-        """Measure images (N, 1, 28, 28) in [-1, 1], made for labels (N,) long; write it down.
+        """Measure images (N, 1, 28, 28) in [-1, 1], made for labels (N,) long; write mnist.json.
 
         Args:
-            parts: of `dependencies`, those that it depends on.
-            more: to be written down too.
+            parts: the keys of `dependencies` on which the figures depend.
+            more: other entries to write beside the figures.
         """
         self.judge = self.judge or Judge(self.config)
         found = self.judge.measure(images, labels) | provenance() | more
@@ -302,24 +302,24 @@ def run_minimal(seed: int, config: Config, results: Results) -> None:
 
 
 def folder_of(name: str, seed: int, config: Config) -> Path:
-    """Of a training run."""
+    """The folder of a training run."""
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return Path(config.runs) / f"{slug}-{seed}"
 
 
 def train(name: str, seed: int, config: Config, jobs: int) -> dict[str, float]:
-    """Train one variant -> seconds."""
+    """Train one variant -> its seconds."""
     out = folder_of(name, seed, config)
     where = ["--pairs", Path(config.runs) / "pairs", "--out", out]
     flags = [] if name == DEFAULT else ["--steps", STEPS, *(TABLE_2 | DEPARTURES)[name]]
     seconds = run("train.py", *where, "--seed", seed, *flags, jobs=jobs)
-    if not (out / "training.gif").exists():  # SIGTERM ends a run early, and without an error
+    if not (out / "training.gif").exists():  # SIGTERM ends a run early, without an error
         raise KeyboardInterrupt
     return {"train": seconds}
 
 
 def train_all(config: Config, results: Results) -> None:
-    """Train and measure what results lack; the default recipe's first run alone, for its time."""
+    """Train and measure what is missing. The default recipe's first run is alone, for its time."""
     first = folder_of(DEFAULT, 0, config)
     seconds = {"pairs": run("make_pairs.py", "--out", Path(config.runs) / "pairs")}
     if not results.has(DEFAULT):
@@ -328,7 +328,7 @@ def train_all(config: Config, results: Results) -> None:
         digits = draw(checkpoint=str(first), rows=("student",))
         results.add(DEFAULT, *digits, ALL_PARTS, seconds=seconds)
     wanted = [(DEFAULT, seed) for seed in range(SEEDS_OF_DEFAULT)]
-    # Whoever stops early has every variant once.
+    # Seed by seed, so that an early stop leaves every variant measured once.
     wanted += [(name, seed) for seed in range(SEEDS) for name in TABLE_2 | DEPARTURES]
     wanted = [key for key in wanted if not results.has(*key)]
     with ThreadPoolExecutor(config.jobs) as pool:
@@ -349,7 +349,7 @@ def train_all(config: Config, results: Results) -> None:
 
 
 def cell(values: list[float], form: str, with_range: bool = True) -> str:
-    """Mean, and range over the seeds."""
+    """The mean, and the range over the seeds."""
     text = form.format(statistics.mean(values))
     if with_range and len(values) > 1:
         text += f" ({form.format(min(values))} .. {form.format(max(values))})"
@@ -357,13 +357,13 @@ def cell(values: list[float], form: str, with_range: bool = True) -> str:
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
+    """A table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def figures_table(results: dict, names: list[str], columns: list[tuple[str, str]]) -> str:
-    """Rows of runs; columns: (judge, figure); of the second judge they are marked."""
+    """A table with a row per run. Columns are (judge, figure); (2) marks the second judge."""
     heads = [FIGURES[f][0] + (" (2)" if judge == JUDGES[1] else "") for judge, f in columns]
     rows = []
     for name in filter(results.__contains__, names):
@@ -378,7 +378,7 @@ def figures_table(results: dict, names: list[str], columns: list[tuple[str, str]
 
 
 def tables(results: dict) -> dict[str, str]:
-    """Name of a marker -> the table that stands there."""
+    """The name of a marker -> the table to put there."""
     first, second = JUDGES
     short = [(first, f) for f in ("fd", "accuracy", "diversity", "recall", "coverage")]
     short += [(second, "fd"), (second, "accuracy")]
@@ -413,22 +413,22 @@ def tables(results: dict) -> dict[str, str]:
 
 
 def page(results: dict) -> str:
-    """mnist.md."""
+    """The text of mnist.md."""
     made = tables(results)
     text = "".join(f"\n## {name.capitalize()}\n\n{lines}" for name, lines in made.items())
     return f"# MNIST, as measured by benchmarks/reproduce.py\n{text}"
 
 
 def fill(text: str, made: dict[str, str]) -> str:
-    """Put the tables between their markers."""
+    """Put the tables between their markers in a text."""
     marked = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
     return marked.sub(lambda found: found[1] + made[found[2]] + found[3], text)
 
 
 @torch.no_grad()
 def publish(config: Config) -> None:
-    """Publish what is shown of seed 0, unless it was only found in mnist.json: minimal.png; the
-    default run's generator, in half precision, and pictures; 20 digits of every variant."""
+    """Write what is shown of seed 0, if its runs are there: minimal.png; the default run's pictures,
+    and its generator in half precision; 20 digits of every variant."""
     out, first = Path(config.out), folder_of(DEFAULT, 0, config)
     if (drawn := Path(config.runs) / "minimal_0.png").exists():
         shutil.copyfile(drawn, out / "minimal.png")

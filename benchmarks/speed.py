@@ -35,11 +35,11 @@ BATCH = 8  # batch size of the measurements against the resolution, before --sca
 class Config(Options):
     """What to measure, and how."""
 
-    out: str = option("speed.png", "file for the picture")
+    out: str = option("speed.png", "file of the picture")
     datasets: tuple[str, ...] = option(
         (), "workloads to time (default: all of them)", tuple(BATCHES)
     )
-    scale: int = option(1, "factor of all batch sizes; a GPU needs more work than a CPU", least=1)
+    scale: int = option(1, "factor of all batch sizes; a GPU needs larger ones than a CPU", least=1)
     repeats: int = option(5, "repetitions of each measurement; medians count", least=1)
     amp: str = option("off", "half precision: auto, bf16, fp16, off", AMP)
     compile: bool = option(False, "torch.compile the networks")
@@ -56,7 +56,7 @@ def run(script: str, *arguments: object) -> list[str]:
 
 
 def measure(config: Config, dataset: str, batch: int, size: int | None = None) -> dict[str, float]:
-    """Run step.py once and print its row of the table -> its measurements."""
+    """Run step.py once, and print its row of the table -> its measurements."""
     with tempfile.TemporaryDirectory() as folder:
         numbers = Path(folder) / "numbers.json"
         options = ["--dataset", dataset, "--batch-size", batch, "--repeats", config.repeats]

@@ -3,16 +3,16 @@
     python benchmarks/step.py --dataset mnist --batch-size 32
     python benchmarks/step.py --dataset imagenet64 --batch-size 48 --amp bf16 --compile
 
-It runs train.py's `training_step`, including the random draws and the reading of pairs, with random
-weights and with pairs in a temporary folder. Let F be the time of one teacher forward on B images.
-A step with B unpaired and B paired images then costs 11 F, if a backward counts as two forwards:
+It runs train.py's `training_step`, including the random draws and the reading of pairs. The weights
+and the pairs are random. Let F be the time of one forward of the teacher on B images. If a backward
+counts as two forwards, a step with B unpaired and B paired images costs 11 F:
 
     G on 2B images, forward and backward     6 F
     teacher and mu_fake, forward             2 F
     mu_fake, forward and backward            3 F
 
-LPIPS (VGG at 224x224, random weights) is timed separately. Memory is the peak of the GPU, or on a
-CPU that of the process, which includes Python and PyTorch. The last line it prints:
+LPIPS (VGG at 224x224, random weights) is timed separately. Memory is the peak of the GPU's or, on a
+CPU, that of the process, which includes Python and PyTorch. The last line it prints:
 
     F 33.9 ms, step 394.8 ms, floor 372.8 ms, ratio 1.06
 """
@@ -47,7 +47,7 @@ DATASETS = tuple(name for name, row in WORKLOADS.items() if row.network and not 
 class Config(Options):
     """What to measure, and how."""
 
-    dataset: str = option("mnist", "whose networks", DATASETS)
+    dataset: str = option("mnist", "the dataset whose networks are timed", DATASETS)
     batch_size: int = option(32, "B: unpaired images, and as many paired ones", least=1)
     resolution: int | None = option(None, "of the images (default: the dataset's)")
     repeats: int = option(15, "steps and forwards to time, in turn; medians count", least=1)
@@ -58,7 +58,7 @@ class Config(Options):
 
 
 def write_inputs(folder: Path, workload: Workload) -> dict[str, str]:
-    """Write a teacher with random weights and 64 random pairs -> the run's teacher, pairs, out."""
+    """Write a teacher and 64 pairs, all random -> the run's options teacher, pairs and out."""
     teacher, dataset = folder / "teacher.safetensors", workload.dataset
     torch.manual_seed(0)
     net = EDMPrecond(**workload.network)
@@ -76,7 +76,7 @@ def write_inputs(folder: Path, workload: Workload) -> dict[str, str]:
 
 
 def milliseconds(function: Callable, device: torch.device) -> float:
-    """The time of one call, until the device has finished its work."""
+    """The time of one call, until the device has finished."""
     start = time.perf_counter()
     function()
     if device.type == "cuda":
@@ -156,7 +156,7 @@ def main(config: Config) -> None:
 
 
 def lpips_time(x: torch.Tensor, device: torch.device, repeats: int) -> float:
-    """Milliseconds that the LPIPS regression loss on images x and its gradient take."""
+    """Milliseconds that the regression loss with LPIPS on images x takes, with its gradient."""
     from lpips import LPIPS  # slow to import, and not needed for MNIST
 
     network = LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
