@@ -22,7 +22,7 @@ from dmd_loss import (
 from edm_unet import EDMDenoiser, heun_sample
 from plumbing.edm_files import load_edm
 
-# Change a constant and see what happens. To distil one of EDM's released files, set, for example,
+# Change a constant and see what happens. To distil a class-conditional network of EDM's, set e.g.
 # TEACHER = "edm-cifar10-32x32-cond-vp.pkl", LEARNING_RATE = 5e-5 and STEPS = 300_000.
 TEACHER = "assets/mnist_teacher.safetensors"
 NUM_PAIRS = 1000
