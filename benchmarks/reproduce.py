@@ -427,8 +427,8 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 @torch.no_grad()
 def publish(config: Config) -> None:
-    """Write what is shown of seed 0, if its runs are there: minimal.png; the default run's pictures,
-    and its generator in half precision; 20 digits of every variant."""
+    """Write what is shown of seed 0, if its runs are there: minimal.png, the default run's pictures
+    and its generator in half precision, and 20 digits of every variant."""
     out, first = Path(config.out), folder_of(DEFAULT, 0, config)
     if (drawn := Path(config.runs) / "minimal_0.png").exists():
         shutil.copyfile(drawn, out / "minimal.png")
