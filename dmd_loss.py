@@ -8,8 +8,8 @@ It knows no network and no dataset. A denoiser `mu` is anything with
     mu.z_scale                                          x_{T-1} is z_scale * z for z ~ N(0, I)
 
 This is mean prediction; Eq. 11 turns a noise prediction into it. There are three denoisers. The
-score of mu_real, the frozen teacher, points towards real data. The score of mu_fake, which learns
-from the generator's samples, points towards these. The third is inside G, which calls it at T-1.
+score of mu_real, the frozen teacher, points towards real data. The score of mu_fake, trained on the
+generator's samples, points towards these samples. The third is inside G, which calls it at T-1.
 
 All losses are computed in float32, whatever dtype the networks ran in.
 """

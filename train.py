@@ -231,7 +231,7 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
     for network in (G, mu_fake):
         network.to(device=ranks.device, memory_format=torch.channels_last)
     teacher.to(ranks.device, config.amp)
-    # With --amp, LPIPS's float32 convolutions may use TF32, but not the one that ends sd15's UNet.
+    # With --amp, LPIPS may use TF32, except for sd15, whose UNet ends in a float32 convolution.
     torch.backends.cudnn.allow_tf32 = config.amp != "off" and not config.latent
     how = dict(
         warmup=config.warmup, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
