@@ -6,8 +6,8 @@
 
 Pair k is z ~ N(0, I), drawn from (seed, k), and y, the teacher's deterministic ODE solution for z.
 The solver is EDM's Heun method or, for Stable Diffusion, guided PNDM, which gives latents. Classes
-are used in turn, and so are the lines of --prompts. After an interruption, the same command resumes
-at the first missing shard. The last line it prints:
+are used in turn (k mod their number), and so are the lines of --prompts. After an interruption, the
+same command resumes at the first missing shard. The last line it prints:
 
     1000 pairs of mnist in pairs/mnist (preview: pairs/mnist/preview.png)
 """

@@ -71,7 +71,7 @@ SD15 = {
 
 def sd_noise_table() -> tuple[Tensor, Tensor]:
     """The "scaled linear" schedule of Stable Diffusion v1.x -> alpha, sigma, (T,) float64 each:
-    alpha_t^2 = prod_{i <= t} (1 - beta_i), sigma_t^2 = 1 - alpha_t^2, sqrt(beta_i) linear in i."""
+    alpha_t^2 = prod_{i <= t} (1 - beta_i), with sqrt(beta_i) linear in i; sigma_t^2 = 1 - alpha_t^2."""
     beta = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), T, dtype=torch.float64) ** 2
     alpha_squared = (1 - beta).cumprod(0)
     return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
@@ -173,8 +173,8 @@ class ResnetBlock(nn.Module):
 
 class Stage(nn.Module):
     """The layers at one resolution, then downsampling, upsampling or neither: x (B, C, H, W) ->
-    (B, width, H, W), with H/2, W/2 if down, or 2H, 2W if up. Layer i is a ResnetBlock of inputs[i]
-    input channels and the settings `resnet`, followed by attentions[i] if there is one."""
+    (B, width, H, W), with H/2, W/2 if down, or 2H, 2W if up. Layer i is a ResnetBlock from inputs[i]
+    to width channels with the settings `resnet`, followed by attentions[i] if there is one."""
 
     def __init__(self, inputs: list, width: int, resnet: dict, attentions=(), down=False, up=False):
         super().__init__()
@@ -232,8 +232,8 @@ class UNet(nn.Module):
         up_blocks.3          3 x (resnet, attention)           320            64
         conv_norm_out, SiLU, conv_out                          320 -> 4       64
 
-    conv_in, the down layers and the downsamplers have twelve outputs. The twelve up layers take one
-    each, last in, first out.
+    conv_in, the down layers and the downsamplers have twelve outputs in all. The twelve up layers
+    take one each, last in, first out.
     """
 
     def __init__(self, config: dict):

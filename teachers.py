@@ -3,13 +3,13 @@
 load_teacher returns an EDMTeacher or an sd_loader.SDTeacher. Both are used in the same way:
 
     mu_real(x_t, t, cond)    the frozen denoiser of Eq. 4, with guidance (Section 3.4)
-    student()                a trainable copy without guidance, as which G and mu_fake start
+    student()                a trainable copy without guidance, the start of G and mu_fake
     encode(given)            labels or prompts -> cond, the condition that the networks take
     solve(z, cond, steps)    noise z ~ N(0, I) (B, C, H, W) -> y, the ODE's solution, for the pairs
     evaluations(steps)       how many times `solve` evaluates the network
     decode(x)                -> images, about [-1, 1]; EDM's x are images already
     to(device, amp)          moves it to a device -> the teacher itself
-    record                   {"name", "sha256"}, by which a run and its pairs know the teacher
+    record                   {"name", "sha256"}, identifies the teacher of a run and of pairs
     image_shape              (C, H, W) of z, x and y
     num_classes              0 if the teacher is unconditional or takes text
     sigma_data               standard deviation of the data, for dmd_loss.denoising_weight, or None
@@ -74,7 +74,7 @@ Teacher = EDMTeacher  # or sd_loader.SDTeacher, which is not imported here
 
 
 def load_teacher(workload: Workload, with_unet: bool = True) -> Teacher:
-    """Load the teacher of a workload on the CPU, after a download unless it is a local file.
+    """Load the teacher of a workload on the CPU. It is downloaded unless it is a local file.
     with_unet=False loads only sd15's text encoder and a decoder, enough to sample from G."""
     if workload.latent:
         from sd_loader import load_sd_teacher  # here: MNIST and EDM need none of it
@@ -141,7 +141,7 @@ def load_generator(path: Path) -> tuple[OneStepGenerator, dict[str, str]]:
     else:
         net = load_edm(path, ARCHITECTURES)
         metadata = net.metadata
-        if "kwargs" not in metadata:  # not written by train.py
+        if "kwargs" not in metadata:  # not one of this project's files
             images, rows = images_of(net.kwargs), WORKLOADS.items()
             fitting = (n for n, row in rows if row.network and images_of(row.network) == images)
             metadata = {"role": "generator", "dataset": next(fitting, "edm")} | metadata

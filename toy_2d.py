@@ -12,7 +12,7 @@ three times, by Algorithm 1 and the losses of dmd_loss.py:
     (c) scores and regression    both modes, half of the samples each
 
 Eq. 7's noise is kept small: t is at most 260 of 1000, where sigma is a fifth of the distance
-between the modes. With more noise, the teacher's score at the near mode feels the far one: with
+between the modes. With more noise, the teacher's score at the near mode feels the far one. With
 --max-step 400, where sigma reaches that distance, (b) finds both modes without any pairs. The last
 line it prints: wrote figure3.png
 """
