@@ -70,8 +70,8 @@ SD15 = {
 
 
 def sd_noise_table() -> tuple[Tensor, Tensor]:
-    """The "scaled linear" schedule of Stable Diffusion v1.x -> alpha, sigma, (T,) float64 each:
-    alpha_t^2 = prod_{i <= t} (1 - beta_i), with sqrt(beta_i) linear in i; sigma_t^2 = 1 - alpha_t^2."""
+    """The "scaled linear" schedule of Stable Diffusion v1.x, alpha and sigma, (T,) float64 each:
+    alpha_t^2 = 1 - sigma_t^2 = prod_{i <= t} (1 - beta_i), where sqrt(beta_i) is linear in i."""
     beta = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), T, dtype=torch.float64) ** 2
     alpha_squared = (1 - beta).cumprod(0)
     return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
@@ -173,8 +173,8 @@ class ResnetBlock(nn.Module):
 
 class Stage(nn.Module):
     """The layers at one resolution, then downsampling, upsampling or neither: x (B, C, H, W) ->
-    (B, width, H, W), with H/2, W/2 if down, or 2H, 2W if up. Layer i is a ResnetBlock from inputs[i]
-    to width channels with the settings `resnet`, followed by attentions[i] if there is one."""
+    (B, width, H, W), with H/2, W/2 if down, or 2H, 2W if up. Layer i is a ResnetBlock, inputs[i] to
+    width channels, with the settings `resnet`, followed by attentions[i] if there is one."""
 
     def __init__(self, inputs: list, width: int, resnet: dict, attentions=(), down=False, up=False):
         super().__init__()
