@@ -134,7 +134,6 @@ def test_losses_and_networks_stand_alone(tmp_path):
         names += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
         known = {*sys.stdlib_module_names, "torch", "dmd_loss"}
         assert {name.partition(".")[0] for name in names} <= known
-    (tmp_path / "alone.py").write_text(ALONE)
     command = [sys.executable, "-I", "-c", f"import sys; sys.path[:0] = ['.']{ALONE}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.count("[2, 3, 16, 16]") == 2, done.stderr

@@ -14,7 +14,6 @@ import make_pairs
 import train
 from plumbing.devices import Ranks
 from plumbing.optim import Learner, learning_rate
-from plumbing.pairs import Pairs
 from teachers import EDMTeacher
 from workloads import get_workload
 
@@ -150,12 +149,11 @@ def test_what_a_step_does_to_the_weights(teacher, tiny_pairs, tmp_path, monkeypa
     assert way == pytest.approx(1 - (25 / 26) ** 4, rel=0.01)
 
 
-@pytest.mark.parametrize("end", [None, 1000])
-def test_the_learning_rate_warms_up(end):
-    """It is a quarter of the peak in the first of four steps, whatever follows."""
-    rates = [learning_rate(k, 8.0, 4, end) for k in range(5)]
-    assert rates == pytest.approx([2, 4, 6, 8, 8])
-    assert learning_rate(0, 8.0, 0) == 8
+@pytest.mark.parametrize(("end", "later"), [(None, [8, 8]), (104, [4, 0])])
+def test_the_learning_rate_warms_up_and_may_end_as_a_cosine(end, later):
+    rates = [learning_rate(k, 8.0, 4, end) for k in (0, 1, 2, 3, 4, 54, 104)]
+    assert rates == pytest.approx([2, 4, 6, 8, 8, *later])
+    assert learning_rate(0, 8.0, 0, end) == 8
 
 
 def test_the_gradient_is_clipped(teacher, tiny_pairs, tmp_path, monkeypatch):
@@ -211,40 +209,43 @@ def test_half_precision_is_of_the_networks_alone(teacher, tiny_pairs, tmp_path, 
     ]  # fmt: skip
 
 
-class TextPairs:
-    """Seven pairs that say their number: z = k, y = -k, and the prompt is k."""
+class SevenPairs:
+    """Pairs that say their number: z = k, y = -k, and the prompt or the class is k."""
 
-    prompts = list("0123456")
+    def __init__(self, prompts: list[str]):
+        self.prompts = prompts
 
     def __len__(self):
         return 7
 
     def batch(self, indices):
         z = torch.tensor(indices, dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
-        return z, -z, [self.prompts[k] for k in indices]
+        return z, -z, [self.prompts[k] for k in indices] if self.prompts else torch.tensor(indices)
 
 
-def draw(step=3, rows=range(2000), rows_ref=range(2000), **options):
-    """Part of a batch with prompts and line 4 of Algorithm 1. The text states are the number."""
+def draw(step=3, rows=range(2000), rows_ref=range(2000), classes=0, **options):
+    """Part of a batch with line 4 of Algorithm 1, of 10 classes or with prompts 0 .. 6."""
     config = get_workload("sd15", batch_size=2000, batch_size_ref=2000, **options)
     teacher = SimpleNamespace(
-        num_classes=0,
+        num_classes=classes,
         image_shape=(1, 2, 2),
-        encode=lambda prompts: torch.tensor([int(k) for k in prompts]),
+        encode=lambda cond: torch.tensor([int(k) for k in cond]),
     )
-    run = SimpleNamespace(config=config, ranks=ALONE, teacher=teacher, pairs=TextPairs())
+    pairs = SevenPairs([] if classes else list("0123456"))
+    run = SimpleNamespace(config=config, ranks=ALONE, teacher=teacher, pairs=pairs)
     return train.draw_batch(run, step, rows, rows_ref)
 
 
-def test_what_a_part_with_prompts_draws():
-    """Pairs have their own noise and prompt. Everything else is independent, between the unpaired
-    and the paired half as well as within a row."""
-    b = draw()
+@pytest.mark.parametrize("classes", [0, 10])
+def test_what_a_part_draws(classes):
+    """Pairs have their own noise and condition. Everything else is independent, between the
+    unpaired and the paired half as well as within a row."""
+    b = draw(classes=classes)
     for values in (b.z_ref, -b.y_ref):
         assert torch.equal(values[:, 0, 1, 1], b.cond[2000:])
-    for half in (b.cond[:2000], b.cond[2000:]):  # uniform: 286 each
-        counts = torch.bincount(half, minlength=7)
-        assert len(counts) == 7 and counts.min() > 210 and counts.max() < 370
+    for half, kinds in ((b.cond[:2000], classes or 7), (b.cond[2000:], 7)):  # uniform
+        counts = torch.bincount(half, minlength=kinds)
+        assert len(counts) == kinds and (counts - 2000 / kinds).abs().max() < 70
     assert 20 <= b.t.min() < 25 and 975 <= b.t.max() < 980
     assert 0 <= b.t_fake.min() < 5 and 995 <= b.t_fake.max() < 1000
     drawn = [b.cond, b.t, b.t_fake, b.noise[:, 0, 1, 1], b.noise_fake[:, 0, 1, 1]]
@@ -267,29 +268,6 @@ def test_seed_step_and_row_decide_what_is_drawn():
         for values, others in zip(whole, other, strict=True):
             same = (values == others).flatten(1 if values.ndim > 1 else 0)
             assert same.double().mean() < 0.25  # of seven pairs and prompts, 1/7
-
-
-def test_what_a_part_draws(teacher, tiny_pairs, tmp_path, monkeypatch):
-    """Pairs have their own noise and class; the unpaired classes are uniform."""
-    run, _ = prepare(teacher, tiny_pairs, tmp_path, monkeypatch)
-    batch = train.draw_batch(run, 3, range(2000), range(50))
-    pairs = Pairs(tiny_pairs, "mnist")
-    z, y, cond = pairs.batch(range(7))
-    for i in range(50):
-        (k,) = [k for k in range(7) if torch.equal(z[k], batch.z_ref[i])]
-        assert torch.equal(y[k], batch.y_ref[i]) and cond[k] == batch.cond[2000 + i]
-    assert len({tuple(row.flatten()[:3].tolist()) for row in batch.z_ref}) == 7
-    counts = torch.bincount(batch.cond[:2000], minlength=10)
-    assert len(counts) == 10 and counts.min() > 140 and counts.max() < 260
-
-
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_float32_is_tf32_only_beside_half_precision(
-    teacher, tiny_pairs, tmp_path, monkeypatch, amp
-):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", amp == "off")
-    prepare(teacher, tiny_pairs, tmp_path, monkeypatch, amp=amp)
-    assert torch.backends.cudnn.allow_tf32 == (amp != "off")
 
 
 def test_one_guidance_scale_for_both_losses(teacher, tmp_path, monkeypatch):
