@@ -3,6 +3,7 @@
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -156,12 +157,8 @@ def test_statistics_of_a_folder_are_torch_fidelitys(random_weights, tmp_path):
 
 def test_weights_that_are_refused(random_weights, tmp_path, monkeypatch):
     """Missing, of another network, hostile (torch-fidelity's own loader would run that), cut."""
-
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=OSError("no route to host")))
     path = tmp_path / "hub" / "checkpoints" / fid.INCEPTION_FILE
 
     def fails(*words):

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, small_network
 from PIL import Image
 from test_edm_files import dumps, edm_network
+from torchvision.io import read_image
 
 import train
 from edm_unet import EDMPrecond
@@ -53,7 +54,9 @@ def test_its_loop_is_train_pys(tmp_path, monkeypatch):
     (tmp_path / "net.pkl").write_bytes(dumps({"ema": edm_network(net)}))
     changed = {"TEACHER": "net.pkl", "NUM_PAIRS": 20, "STEPS": 3, "SEED": 5}
     found = run_minimal(tmp_path, monkeypatch, **changed)
-    assert Image.open("minimal.png").height > 3 * 28
+    picture, first = read_image("minimal.png"), found["rows"][0].clamp(-1, 1)
+    assert picture.shape == (3, 2 + 3 * 30, 2 + 20 * 30)
+    assert ((first + 1) * 127.5 - picture[:, 2:30, 2:30]).abs().max() <= 1
 
     teacher = EDMTeacher(net, {"name": "small", "sha256": "0"})
     pairs = SimpleNamespace(meta={"guidance": 1.0}, check_teacher=lambda record: None)
@@ -85,6 +88,11 @@ def test_its_loop_is_train_pys(tmp_path, monkeypatch):
             for each in (network, found[name])
         )
         assert (theirs - ours).norm() < 1e-3 * theirs.norm(), name
+    run.G.average.load_state_dict(found["average"].state_dict())
+    with torch.no_grad():
+        bands = torch.cat([y, run.G.average(z, torch.arange(20) % 10)])
+    torch.testing.assert_close(found["rows"][:40], bands, rtol=0, atol=1e-5)
+    assert len(found["rows"]) == 60 and (found["rows"][40:] - bands[20:]).abs().mean() > 0.1
 
 
 def test_it_distils_a_network_of_edms(tmp_path, monkeypatch):
