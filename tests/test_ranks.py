@@ -59,7 +59,7 @@ def test_one_and_two_ranks_take_turns(small, straight, tmp_path):
     change at any checkpoint."""
     out = tmp_path / "run"
     sharded = {"shard_optimizer": True}
-    turns = [(2, sharded), (1, {}), (2, {"accumulate": 2}), (2, sharded)]
+    turns = [(2, sharded), (1, sharded), (2, {"accumulate": 2}), (2, sharded)]
     for steps, (count, options) in enumerate(turns, start=1):
         options = {"steps": steps, **options}
         if count == 1:

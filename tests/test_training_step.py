@@ -13,7 +13,7 @@ import dmd_loss
 import make_pairs
 import train
 from plumbing.devices import Ranks
-from plumbing.optim import Learner, learning_rate
+from plumbing.optim import Learner
 from teachers import EDMTeacher
 from workloads import get_workload
 
@@ -151,9 +151,11 @@ def test_what_a_step_does_to_the_weights(teacher, tiny_pairs, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("end", "later"), [(None, [8, 8]), (104, [4, 0])])
 def test_the_learning_rate_warms_up_and_may_end_as_a_cosine(end, later):
-    rates = [learning_rate(k, 8.0, 4, end) for k in (0, 1, 2, 3, 4, 54, 104)]
+    how = {"end": end, "betas": (0.9, 0.99), "weight_decay": 0, "grad_clip": 1}
+    warm, cold = (Learner(torch.nn.Linear(1, 1), ALONE, 8.0, warmup=w, **how) for w in (4, 0))
+    rates = [warm.learning_rate(k) for k in (0, 1, 2, 3, 4, 54, 104)]
     assert rates == pytest.approx([2, 4, 6, 8, 8, *later])
-    assert learning_rate(0, 8.0, 0, end) == 8
+    assert cold.learning_rate(0) == 8
 
 
 def test_the_gradient_is_clipped(teacher, tiny_pairs, tmp_path, monkeypatch):
