@@ -21,6 +21,7 @@ from PIL import Image
 
 import make_pairs
 import train
+from edm_unet import heun_sample
 from plumbing.devices import Ranks
 from plumbing.files import read_tensors
 from plumbing.optim import Learner
@@ -69,6 +70,14 @@ def test_run_folder(finished_run):
             assert np.abs(difference).max() < 3
 
 
+def test_before_training_the_generator_is_the_teachers_one_step(small, tmp_path):
+    run = prepare(small, tmp_path / "run")
+    z, cond = torch.randn(3, 1, 28, 28), torch.tensor([1, 5, 9])
+    with torch.no_grad():
+        expected = heun_sample(run.teacher.mu_real.net, z, cond, steps=1)
+        torch.testing.assert_close(run.G.network(z, cond), expected)
+
+
 def test_training_noise_is_not_the_pairs_noise(small, tmp_path):
     """Section 3.3: the two losses have distinct data streams. And no number is drawn twice."""
     run = prepare(small, tmp_path / "run")
@@ -77,7 +86,7 @@ def test_training_noise_is_not_the_pairs_noise(small, tmp_path):
     of_pairs = sample_noise("pairs", 0, range(20), (1, 28, 28))
     others = [sample_noise(*key, range(4), (1, 28, 28)) for key in (("pairs", 1), ("samples", 0))]
     every = torch.cat([*drawn, of_pairs, *others]).flatten(1)
-    distance = torch.cdist(every, every) + 100 * torch.eye(len(every))
+    distance = torch.cdist(every, every) + 100 * torch.eye(3 * 3 * 4 + 20 + 8)
     assert distance.min() > 30  # independent ones are sqrt(2 * 784) = 40 apart
     z_ref = torch.cat([b.z_ref for b in batches]).flatten(1)
     assert (torch.cdist(z_ref, of_pairs.flatten(1)).min(dim=1).values < 1e-3).all()
