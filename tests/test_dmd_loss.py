@@ -263,7 +263,7 @@ def test_lpips_sees_upsampled_unclamped_images(channels):
     torch.testing.assert_close(b, torch.full_like(b, 0.5))
     # Pixel centres: 224 = 14 * 16, so between the outer centres steps are 1/14 of the ramp's.
     torch.testing.assert_close(a[..., 8:215].diff(dim=-1), torch.full((2, 3, 224, 206), 0.4 / 14))
-    assert [float(a.min()), float(a.max())] == pytest.approx([-3, 3])
+    assert [a.min().item(), a.max().item()] == pytest.approx([-3, 3])
     torch.testing.assert_close(ramp.grad.sum(), torch.tensor(1.0))  # nothing is lost
     assert (ramp.grad > 0).all() and y.grad is None
 
