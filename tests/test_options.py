@@ -16,7 +16,7 @@ from plumbing.devices import autocast, others_alive, pick_amp, pick_device, shar
 from plumbing.drawing import save_grid
 from plumbing.files import atomic_path, read_header, read_tensors, write_bytes, write_tensors
 from plumbing.options import Options, UserError, option, run_script
-from plumbing.pairs import STREAMS, generator, normal
+from plumbing.pairs import STREAMS, draw_rows, generator, normal, uniform
 from plumbing.rundir import claim_folder
 from workloads import WORKLOADS
 
@@ -156,6 +156,8 @@ def test_draws_are_a_function_of_the_key_and_share_no_number():
     # If another version of numpy drew other numbers, half-made pairs could not be resumed.
     draw, expected = normal(generator("pairs", 0), 4), [0.05991, 0.01556, -1.16444, -0.13265]
     torch.testing.assert_close(draw, torch.tensor(expected), rtol=0, atol=1e-5)
+    draws, rows = generator("paired", 1, 2, 3), draw_rows("paired", 1, 2, [3], (4,))
+    assert all(map(torch.equal, rows, (uniform(draws, 1, 3), normal(draws, 1, 4))))
 
 
 def test_grid(tmp_path):
