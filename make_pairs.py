@@ -70,7 +70,7 @@ def make_shard(
     y = torch.cat(solutions)
     if not y.isfinite().all():
         raise UserError(f"NaN or infinity in pairs {indices[0]}-{indices[-1]}; check the teacher")
-    # float16 halves the files. It rounds latents, which have unit scale, by about 2^-11.
+    # float16 halves y. It rounds latents, which have unit scale, by about 2^-11.
     tensors["y"] = y.half() if config.latent else y
     return tensors, metadata
 

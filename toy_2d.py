@@ -135,7 +135,7 @@ def no_score(x_t: Tensor, t: Tensor, cond: None = None) -> Tensor:
 
 def make_pairs(mu_real: EDMDenoiser, seed: int) -> tuple[Tensor, Tensor]:
     """z_ref ~ N(0, I) and the teacher's ODE solution y_ref for it, (NUM_PAIRS, 2, 1, 1) each."""
-    z_ref = torch.randn(NUM_PAIRS, 2, 1, 1, generator=torch.Generator().manual_seed(seed))
+    z_ref = torch.randn(NUM_PAIRS, 2, 1, 1, generator=torch.Generator().manual_seed(seed + 1))
     return z_ref, heun_sample(mu_real.net, z_ref, steps=40)
 
 
@@ -144,7 +144,7 @@ def train_panel(
 ) -> Iterator[tuple[nn.Module, EDMDenoiser]]:
     """Algorithm 1 for one of PANELS. Yields G and mu_fake before every step and at the end."""
     use_fake_score, lambda_reg = PANELS[panel]
-    torch.manual_seed(config.seed)  # every panel has the same networks and draws the same numbers
+    torch.manual_seed(config.seed)  # the same networks and numbers for every panel
     G, mu_fake = one_spot(), EDMDenoiser(MLPDenoiser())
     mu_used = mu_fake if use_fake_score else no_score
     adam_G, adam_fake = (torch.optim.Adam(network.parameters()) for network in (G, mu_fake))
@@ -191,7 +191,7 @@ def take_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
 @torch.no_grad()
 def generate(G: nn.Module, seed: int, n: int = 5000) -> Tensor:
     """n fresh samples of G, (n, 2, 1, 1)."""
-    return G(torch.randn(n, 2, 1, 1, generator=torch.Generator().manual_seed(seed + 1)))
+    return G(torch.randn(n, 2, 1, 1, generator=torch.Generator().manual_seed(seed + 2)))
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:

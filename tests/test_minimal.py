@@ -37,7 +37,7 @@ def run_minimal(folder, monkeypatch, **constants) -> dict:
     return runpy.run_path("changed.py")
 
 
-def test_its_constants_are_the_default_recipe(tmp_path, monkeypatch):
+def test_its_constants_are_the_default_recipe():
     mnist = WORKLOADS["mnist"]
     found = dict(re.findall(r"^([A-Z_]+) = (\S+)", SOURCE, flags=re.MULTILINE))
     recipe = {"NUM_PAIRS": mnist.num_pairs, "STEPS": mnist.steps, "SEED": mnist.seed}
