@@ -28,8 +28,8 @@ from dmd_loss import OneStepGenerator
 from edm_unet import SIGMA_MAX, EDMDenoiser, EDMPrecond, heun_sample
 from plumbing.downloads import fetch
 from plumbing.edm_files import file_format, load_edm
-from plumbing.files import file_hash, one_line, one_line_errors, read_header, torch_load
-from plumbing.options import UserError
+from plumbing.files import file_hash, one_line_errors, read_header, torch_load
+from plumbing.options import UserError, one_line
 from workloads import ASSETS, WORKLOADS, Workload
 
 # The networks that a bare state dict may hold. Its names and shapes tell which.

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from plumbing.devices import Ranks
 from plumbing.drawing import save_grid
 from plumbing.fid import read_image
-from plumbing.files import atomic_path, one_line, one_line_errors
-from plumbing.options import UserError
+from plumbing.files import atomic_path, one_line_errors
+from plumbing.options import UserError, one_line
 
 SIZE = 256  # pixels along each side, for both measures
 CLIP = ("ViT-g-14", "laion2b_s12b_b42k")  # model and weights of OpenCLIP

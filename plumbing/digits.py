@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pdist
 
 from plumbing.fid import frechet_distance, mean_and_covariance
-from plumbing.files import load_strictly, one_line, read_tensors
-from plumbing.options import UserError
+from plumbing.files import load_strictly, read_tensors
+from plumbing.options import UserError, one_line
 
 ASSETS = Path(__file__).parent.parent / "assets"
 CLASSIFIER, STATISTICS = "mnist_classifier.safetensors", "mnist_statistics.safetensors"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.files import atomic_path, file_hash, one_line
-from plumbing.options import UserError
+from plumbing.files import atomic_path, file_hash
+from plumbing.options import UserError, one_line
 
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from plumbing.options import UserError
+from plumbing.options import UserError, one_line
 
 
 @contextlib.contextmanager
@@ -93,13 +93,6 @@ def one_line_errors(path: Path) -> Iterator[None]:
     except Exception as error:  # pickles, zip files, safetensors and torch raise a dozen types
         text = f"{path} is damaged or of another kind; download it or make it again"
         raise UserError(one_line(f"{text} ({type(error).__name__}: {error})")) from error
-
-
-def one_line(text: object, limit: int = 500) -> str:
-    """Text of unknown origin as one printable line of at most about `limit` characters."""
-    line = " ".join(str(text).split())
-    line = "".join(c if c.isprintable() else "?" for c in line)
-    return line if len(line) <= limit else line[:limit] + " ..."
 
 
 def torch_load(source: Path | io.BytesIO) -> Any:

@@ -29,6 +29,13 @@ class UserError(Exception):
     """A mistake the user can correct. Its one-line message says what is wrong, then what to do."""
 
 
+def one_line(text: object, limit: int = 500) -> str:
+    """Text of unknown origin as one printable line of at most about `limit` characters."""
+    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else "?" for c in line)
+    return line if len(line) <= limit else line[:limit] + " ..."
+
+
 def option(
     default, help: str | None, choices: tuple = (), *, flag: str = "", free: bool = False, **bounds
 ):
@@ -136,8 +143,9 @@ def run_script(main: Callable, make: Callable, doc: str, flags: str | None = Non
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except (UserError, torch.OutOfMemoryError) as error:
-        said = str(error).splitlines()[0]
+        said = one_line(error, 2000)  # it may quote a file
         if not isinstance(error, UserError):
+            said = str(error).splitlines()[0]
             what = "lower --batch-size (train.py: raise --accumulate, which keeps the batch)"
             said = f"the GPU's memory is full ({said}); {what}"
         rank = os.environ.get("RANK", "0")  # torchrun sets it, see devices.py
