@@ -11,7 +11,7 @@ pairs, which every rank writes.
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -43,12 +43,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def to(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Move tensors to the device, images (4 dimensions) in channels-last layout. None stays."""
-    layouts = {4: torch.channels_last}
-    return [
-        x if x is None else x.to(device, memory_format=layouts.get(x.ndim, torch.preserve_format))
-        for x in tensors
-    ]
+    """Move tensors to the device, images (4 dimensions) in channels-last layout. None stays. A GPU
+    fetches them from pinned memory, while the CPU goes on and draws the next ones."""
+
+    def move(x: Tensor) -> Tensor:
+        if device.type == "cuda" and not x.is_cuda:
+            x = x.pin_memory()
+        x = x.to(device, non_blocking=True)
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    return [None if x is None else move(x) for x in tensors]
 
 
 def pick_amp(name: str, device: torch.device, half: str = "bf16") -> str:
@@ -102,6 +106,13 @@ class Ranks:
             with others_alive():
                 dist.all_reduce(x)
         return x
+
+    def broadcast(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+        """Give every rank the values that each tensor has on the rank that owns it, in place."""
+        with others_alive():
+            both = zip(tensors, owners, strict=True)
+            for sent in [dist.broadcast(x, owner, async_op=True) for x, owner in both]:
+                sent.wait()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""

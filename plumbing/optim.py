@@ -1,6 +1,7 @@
 """How a network learns: learning rate, AdamW, clipping, fp16's loss scale, moving average."""
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -44,7 +45,8 @@ class Learner:
         peak, warmup, end: see learning_rate; betas, weight_decay: see AdamW.
         grad_clip: largest L2 norm of the gradient.
         fp16: scale the loss, so that small gradients do not become zero in half precision.
-        shard: spread AdamW's state over the ranks.
+        shard: each rank updates its share of the parameters, and keeps AdamW's state, twice their
+            size, for that share alone (ZeRO-1). Neither networks nor checkpoints change.
         decay: step -> decay of the moving average of the weights. None: no average.
 
     Attributes:
@@ -69,22 +71,24 @@ class Learner:
     ):
         self.network, self.grad_clip, self.decay = network, grad_clip, decay
         self.learning_rate = partial(learning_rate, peak=peak, warmup=warmup, end=end)
-        self.count, self.rank, self.sharded = 1, ranks.rank, shard and ranks.count > 1
+        self.count, self.ranks, self.sharded = 1, ranks, shard and ranks.count > 1
         self.average = copy.deepcopy(network).requires_grad_(False) if decay else network
-        kind, options = torch.optim.AdamW, dict(betas=betas, weight_decay=weight_decay, fused=True)
+        self.parameters = list(network.parameters())
+        self.owners = [ranks.rank] * len(self.parameters)
         if self.sharded:
-            # ZeRO-1: a GPU holds both networks, but only its share of AdamW's state, which is twice
-            # their size. Unlike FSDP, this does not change the networks or their checkpoints.
-            from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
-
-            kind, options = ZeroRedundancyOptimizer, {"optimizer_class": kind, **options}
-        self.optimizer = kind(network.parameters(), **options)
+            ends = torch.tensor([p.numel() for p in self.parameters]).cumsum(0)
+            self.owners = ((ends - 1) * ranks.count // ends[-1]).tolist()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, betas=betas, weight_decay=weight_decay, fused=True
+        )
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
         self.model = network
         if ranks.count > 1:
-            self.model = DistributedDataParallel(
-                network, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+            # Buffers are tables that never change. Older versions of PyTorch have another name.
+            newer = "forward_sync_buffers"
+            known = newer in inspect.signature(DistributedDataParallel).parameters
+            how = {newer if known else "broadcast_buffers": False, "gradient_as_bucket_view": True}
+            self.model = DistributedDataParallel(network, **how)
             for name, table in network.named_buffers(recurse=False):
                 setattr(self.model, name, table)  # a denoiser's noise table
 
@@ -112,36 +116,55 @@ class Learner:
         is saved.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        for parameter, owner in zip(self.parameters, self.owners, strict=True):
+            if owner != self.ranks.rank:
+                parameter.grad = None  # AdamW passes over it
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.sharded:
+            self.ranks.broadcast([p.detach() for p in self.parameters], self.owners)
         if self.decay:
-            decay, weights = self.decay(step), self.network.parameters()
-            for mean, weight in zip(self.average.parameters(), weights, strict=True):
+            decay = self.decay(step)
+            for mean, weight in zip(self.average.parameters(), self.parameters, strict=True):
                 mean.lerp_(weight.detach(), 1 - decay)
         return norm
 
     def state_dict(self) -> dict:
         """Network, optimizer and loss scale, for any number of ranks. All ranks must call it."""
+        optimizer = self.optimizer.state_dict()
         if self.sharded:
-            self.optimizer.consolidate_state_dict(to=0)
+            optimizer["state"] = self.gather(optimizer["state"])
         return {
             "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict() if self.rank == 0 else {},
+            "optimizer": optimizer if self.ranks.rank == 0 else {},
             "scaler": self.scaler.state_dict(),
         }
+
+    def gather(self, state: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """AdamW's state of this rank's parameters -> that of all, on the CPU of rank 0."""
+        whole = {}
+        for i, (parameter, owner) in enumerate(zip(self.parameters, self.owners, strict=True)):
+            zero = torch.zeros_like(parameter)  # as before the first step
+            values = {"step": zero.sum(), "exp_avg": zero, "exp_avg_sq": zero.clone()}
+            for name, value in state.get(i, {}).items():
+                values[name].copy_(value)
+            self.ranks.broadcast(list(values.values()), [owner] * 3)
+            if self.ranks.rank == 0:
+                whole[i] = {name: value.cpu() for name, value in values.items()}
+        return whole
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what state_dict returned."""
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.sharded:
-            # ZeroRedundancyOptimizer keeps a second copy of the state, and puts "step" on the CPU
-            # (PyTorch issue 124133).
-            self.optimizer.state.clear()
-            for parameter, values in self.optimizer.optim.state.items():
-                values["step"] = values["step"].to(parameter.device)
+        # Copies, because tensors that are mapped to a file would keep it open.
+        mine = {
+            i: {k: value.to(self.parameters[i].device, copy=True) for k, value in values.items()}
+            for i, values in state["optimizer"]["state"].items()
+            if self.owners[i] == self.ranks.rank
+        }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": mine})
         self.scaler.load_state_dict(state["scaler"])

@@ -3,6 +3,7 @@
 Here two processes on the CPU talk through gloo; on GPUs the same code goes through NCCL.
 """
 
+import json
 import subprocess
 import sys
 
@@ -69,6 +70,7 @@ def test_one_and_two_ranks_take_turns(small, straight, tmp_path):
             result = run_on_two_ranks("train.py", *line)
             assert result.returncode == 0, result.stderr
             assert result.stdout.count("wrote ") == 1  # rank 0 alone prints
+            assert "Warning" not in result.stderr  # of DistributedDataParallel
     train.main(config(small, out))
 
     state = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -77,6 +79,28 @@ def test_one_and_two_ranks_take_turns(small, straight, tmp_path):
     of_parameters = state["G"]["optimizer"]["state"]
     assert of_parameters.keys() == straight[-1].G.optimizer.state_dict()["state"].keys()
     assert {values["step"].item() for values in of_parameters.values()} == {STEPS}
+
+
+SHARE = """
+import json, sys, train, workloads
+from plumbing.devices import join_ranks
+
+run = train.prepare(workloads.get_workload(**json.loads(sys.argv[1])), join_ranks("cpu"))
+train.training_step(run, 0)
+gathered = run.G.state_dict()["optimizer"].get("state", {}).values()
+held = run.G.optimizer.state.values()
+print([sum(v["exp_avg"].numel() for v in values) for values in (gathered, held)])
+"""
+
+
+def test_each_rank_holds_its_share_of_adamws_state(small, tmp_path):
+    """Even after the whole has gone to rank 0 for a checkpoint."""
+    (tmp_path / "share.py").write_text(SHARE)
+    options = {**OPTIONS, **small, "out": str(tmp_path / "run"), "shard_optimizer": True}
+    result = run_on_two_ranks(tmp_path / "share.py", json.dumps(options))
+    assert result.returncode == 0, result.stderr
+    (whole, first), (nothing, second) = map(json.loads, result.stdout.splitlines())
+    assert nothing == 0 and first + second == whole and abs(first - second) < 0.2 * whole
 
 
 def test_accumulation_is_one_step(small, straight, tmp_path):
