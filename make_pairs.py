@@ -24,7 +24,7 @@ from plumbing.devices import Ranks, autocast, join_ranks, pick_amp
 from plumbing.drawing import save_grid
 from plumbing.files import file_hash, read_tensors, write_tensors
 from plumbing.options import UserError, run_script
-from plumbing.pairs import read_prompts, sample_noise, shards
+from plumbing.pairs import count_pairs, read_prompts, sample_noise, shards
 from plumbing.rundir import claim_folder
 from teachers import Teacher, load_teacher
 from workloads import Workload, get_workload
@@ -52,7 +52,8 @@ def make_shard(
 ) -> tuple[dict[str, Tensor], dict]:
     """Solve the teacher's ODE for the pairs k in `indices` -> the shard's tensors and metadata."""
     z = sample_noise("pairs", config.seed, indices, teacher.image_shape)
-    tensors, metadata = {"z": z, "index": torch.tensor(indices)}, {"dataset": config.dataset}
+    # The noise of the other pairs is drawn again when they are read.
+    tensors, metadata = {"z": z[:1], "index": torch.tensor(indices)}, {"dataset": config.dataset}
     cond = None
     if teacher.num_classes:
         cond = tensors["cond"] = tensors["index"] % teacher.num_classes
@@ -102,9 +103,12 @@ def main(config: Workload) -> None:
     out, meta = Path(config.pairs), describe(config, teacher.record)
     if ranks.rank == 0:
         claim_folder(out, "meta.json", meta, may_grow=("num_pairs",))
+        if prompts and config.num_pairs > len(prompts):
+            what = f"{config.num_pairs} pairs share the {len(prompts)} prompts of {config.prompts}"
+            print(f"{what}; --prompts FILE gives others")
     ranks.barrier()
 
-    missing = [(path, indices) for path, indices in shards(out, meta) if not path.exists()]
+    missing = [(path, k) for path, k in shards(out, meta) if count_pairs(path) < len(k)]
     ranks.barrier()  # every rank has listed the missing shards before one is written
     mine = missing[ranks.rank :: ranks.count]
     total = sum(len(indices) for _, indices in mine)

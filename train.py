@@ -168,8 +168,8 @@ def draw_batch(run: Run, step: int, rows: Sequence[int], rows_ref: Sequence[int]
     z_ref, y_ref, cond_ref = pairs.batch((u_ref[:, 0] * len(pairs)).long().tolist())
     if teacher.num_classes:  # uniform class labels
         cond = torch.cat([(u[:, 0] * teacher.num_classes).long(), cond_ref])
-    elif pairs.prompts:  # the prompts of random pairs
-        cond = [pairs.prompts[k] for k in (u[:, 0] * len(pairs)).long().tolist()] + cond_ref
+    elif pairs.text:  # the prompts of random pairs
+        cond = pairs.prompts((u[:, 0] * len(pairs)).long().tolist()) + cond_ref
     else:
         cond = None
     if line_4:
@@ -283,7 +283,7 @@ def save(run: Run, step: int, log: Log) -> None:
         config, G = run.config, run.G.average
         generator = generator_file(G, config, run.teacher.record, step)
         save_run(
-            Path(config.out), step, rows, state, generator, pictures(run),
+            Path(config.out), step, rows, state, generator, partial(pictures, run),
             film=step == config.steps, unet_config=G.mu.net.config if config.latent else None,
             keep=config.keep,
         )  # fmt: skip
@@ -297,9 +297,11 @@ def main(config: Workload) -> None:
     start, rows = load_checkpoint(out, run.stateful())
     if not ranks.agree(start):
         raise UserError(f"the ranks see different checkpoints; {out} must be on a shared disk")
-    log = Log(ranks, start, config.steps, rows, fp16=run.config.amp == "fp16")
+    log = Log(ranks, start, config.steps, rows, [run.G.scaler, run.mu_fake.scaler])
     if start == 0 and ranks.rank == 0:
         save_pictures(out, 0, pictures(run))
+    if start == config.steps:
+        save(run, start, log)  # in case that the last save was killed after its checkpoint
     begins = {start, *(end for end, _ in config.phases)}
     for step in range(start, config.steps):
         if step in begins:
@@ -317,7 +319,7 @@ def main(config: Workload) -> None:
         if stop and done < config.steps:
             run.signals.leave(done)
     if ranks.rank == 0:
-        prompt = ' --prompt "..."' if run.pairs.prompts else ""
+        prompt = ' --prompt "..."' if run.pairs.text else ""
         print(f"wrote {out / 'generator.safetensors'}; look at it with: python sample.py{prompt}")
     ranks.barrier()  # all leave together
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
 import pickle
 import re
+import secrets
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +25,9 @@ from plumbing.options import UserError, one_line
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
-
-    The name is always the same, so the next run overwrites what a killed process left behind.
-    """
-    temporary = path.with_name(f".{path.name}.part")
+    """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds. No other
+    process uses that path. What a killed process leaves there, rundir.claim_folder deletes."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -75,24 +75,48 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict, **othe
 def read_json(path: Path) -> dict:
     """The object in a JSON file."""
     with one_line_errors(path):
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise UserError("it holds no JSON object; make it again")
+        return found
+
+
+def check_kinds(path: Path, found: dict, **kinds: type) -> None:
+    """Raise UserError unless entries of a file's object have these types and are not 0 or empty."""
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind) or not found[name]:
+            raise UserError(f"{path}: {name} cannot be {found.get(name)!r}; make it again")
+
+
+def machine_fault(error: Exception) -> str:
+    """Why the machine cannot read a file that may be sound. "" if the file itself is at fault."""
+    if isinstance(error, OSError) and error.errno:  # Pillow's have none
+        return str(error.strerror)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return os.strerror(errno.ENOMEM)
+    # safetensors and torch put the system's words into errors of their own.
+    faults = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO, errno.ESTALE)
+    return next((text for text in map(os.strerror, faults) if text in str(error)), "")
 
 
 @contextlib.contextmanager
-def one_line_errors(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while reading `path` becomes a one-line UserError that names it."""
+def one_line_errors(
+    path: Path, fault: str = "is damaged or of another kind; download it or make it again"
+) -> Iterator[None]:
+    """Whatever goes wrong while reading `path` becomes a one-line UserError that names it. `fault`
+    is said if the file itself is to blame, and not the machine."""
     try:
         yield
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path") from None
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename or path} does not exist; check the path") from None
     except UserError as error:
         named = str(error).startswith(str(path))
         raise UserError(one_line(error if named else f"{path} is refused: {error}")) from error
     except Exception as error:  # pickles, zip files, safetensors and torch raise a dozen types
-        text = f"{path} is damaged or of another kind; download it or make it again"
-        raise UserError(one_line(f"{text} ({type(error).__name__}: {error})")) from error
+        if reason := machine_fault(error):
+            raise UserError(f"{path} cannot be read: {reason}") from error
+        text = f"{path} {fault} ({type(error).__name__}: {error})"
+        raise UserError(one_line(text)) from error
 
 
 def torch_load(source: Path | io.BytesIO) -> Any:

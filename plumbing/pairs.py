@@ -3,8 +3,9 @@
 A folder of pairs holds `meta.json`, which says how they were made (dataset, teacher, solver, ...),
 and the shards `shard_00000.safetensors`, ... of `shard_size` pairs each, with these tensors:
 
-    z (N, C, H, W) float32      unit-variance noise
-    y (N, C, H, W)              the teacher's ODE solution for it
+    y (N, C, H, W)              the teacher's ODE solutions
+    z (1, C, H, W) float32      the noise of the first pair. That of the others is drawn again
+                                when it is needed. (Older folders hold all N.)
     cond (N,) int64             class labels, if the teacher is class-conditional
     index (N,) int64            k of each pair; z is a function of (seed, k) alone
 
@@ -12,17 +13,18 @@ If the teacher is text-conditional, a shard's metadata holds its N prompts.
 """
 
 import gzip
-import math
 import zlib
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from plumbing.files import one_line_errors, read_json, read_metadata
+from plumbing.files import check_kinds, one_line_errors, read_json, read_metadata
 from plumbing.options import UserError
 
 STREAMS = (
@@ -31,6 +33,7 @@ STREAMS = (
     "pictures", "samples", "evaluation",  # z of the samples of train.py, sample.py, evaluate.py
     "toy", "assets",
 )  # fmt: skip
+OPEN_SHARDS = 1000  # at most, in one process; each is a memory map
 
 
 def generator(stream: str, seed: int, step: int = 0, row: int = 0) -> np.random.Generator:
@@ -91,34 +94,38 @@ class Pairs:
         first: the number of pairs to use, from the first one on; None: all.
 
     Attributes:
-        meta: the contents of meta.json; prompts: those of all pairs, empty without text.
+        meta: the contents of meta.json; text: whether the pairs have prompts.
     """
 
     def __init__(self, folder: Path, dataset: str, first: int | None = None):
         remedy = f"run: python make_pairs.py --dataset {dataset} --out {folder}"
         remedy += f" --num-pairs {first}" if first else ""
-        meta = read_json(folder / "meta.json") if (folder / "meta.json").exists() else {}
+        file = folder / "meta.json"
+        meta = read_json(file) if file.exists() else {}
         if "shard_size" not in meta:
             raise UserError(f"no pairs in {folder}; {remedy}")
+        kinds = {"num_pairs": int, "shard_size": int, "guidance": float | int, "teacher": dict}
+        check_kinds(file, meta, dataset=str, **kinds)
         made, made_for = meta["num_pairs"], meta["dataset"]
         if made_for != dataset:
             raise UserError(f"{folder} holds pairs of {made_for}, not of {dataset}; {remedy}")
-        self.folder, self.meta, self.count = folder, meta, first or made
+        self.folder, self.meta, self.text = folder, meta, "prompts" in meta
+        self.count, self.size = first or made, meta["shard_size"]
         if self.count > made:
             raise UserError(f"{folder} holds {made} pairs, but {first} are needed now; {remedy}")
-        files = shards(folder, meta)[: math.ceil(self.count / meta["shard_size"])]
-        missing = sum(not path.exists() for path, _ in files)
+        files = shards(folder, meta | {"num_pairs": self.count})
+        missing = sum(count_pairs(path) < len(indices) for path, indices in files)
         if missing:
-            raise UserError(f"{missing} of {len(files)} shards are missing in {folder}; {remedy}")
-        self.shards = [open_shard(path, len(indices)) for path, indices in files]
-        self.prompts = [p for file in self.shards for p in read_metadata(file).get("prompts", [])]
+            what = f"{missing} of {len(files)} shards are missing in {folder}, or too short"
+            raise UserError(f"{what}; {remedy}")
+        self.shard = lru_cache(OPEN_SHARDS)(lambda s: open_shard(*files[s], meta.get("seed", 0)))
 
     def __len__(self) -> int:
         return self.count
 
     def check_teacher(self, teacher: dict[str, str]) -> None:
         """Raise UserError unless the pairs were made by this teacher, {"name", "sha256"}."""
-        if self.meta["teacher"]["sha256"] != teacher["sha256"]:
+        if self.meta["teacher"].get("sha256") != teacher["sha256"]:
             raise UserError(
                 f"the pairs in {self.folder} were made with another teacher than "
                 f"{teacher['name']}; choose another --pairs folder or that --teacher"
@@ -126,26 +133,43 @@ class Pairs:
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | list[str] | None]:
         """Pairs k of indices -> z_ref, y_ref (R, C, H, W) float32, labels (R,), prompts or None."""
-        rows = [divmod(k, self.meta["shard_size"]) for k in indices]
+        rows = [(self.shard(k // self.size)[0], k % self.size) for k in indices]
+        first = self.shard(0)[0]
 
         def gather(name: str) -> Tensor:
-            parts = [self.shards[s].get_slice(name)[i : i + 1] for s, i in rows]
-            return torch.cat(parts or [self.shards[0].get_slice(name)[:0]])
+            parts = [file.get_slice(name)[i : i + 1] for file, i in rows]
+            return torch.cat(parts or [first.get_slice(name)[:0]])
 
-        cond = gather("cond") if "cond" in self.shards[0].keys() else None
-        if self.prompts:
-            cond = [self.prompts[k] for k in indices]
-        return gather("z"), gather("y").float(), cond
+        y = gather("y").float()
+        z, seed = torch.empty_like(y), self.meta.get("seed", 0)
+        for row, k, (file, i) in zip(z, indices, rows, strict=True):
+            stored = file.get_slice("z")[i : i + 1]
+            row[:] = (stored if len(stored) else sample_noise("pairs", seed, [k], row.shape))[0]
+        cond = gather("cond") if "cond" in first.keys() else None
+        return z, y, self.prompts(indices) if self.text else cond
+
+    def prompts(self, indices: Sequence[int]) -> list[str]:
+        """The prompts of pairs k of indices."""
+        return [self.shard(k // self.size)[1][k % self.size] for k in indices]
 
 
-def open_shard(path: Path, count: int):
-    """Open a shard to be read piece by piece, and check that it holds `count` pairs."""
+def open_shard(path: Path, indices: range, seed: int) -> tuple[Any, list[str]]:
+    """Open the shard of pairs k in `indices`, to be read piece by piece -> the file, its prompts.
+    The noise that it does not hold must still be what NumPy draws: that of the first pair tells."""
     with one_line_errors(path):
         file = safe_open(str(path), framework="pt")
-        found = {file.get_slice(name).get_shape()[0] for name in ("z", "y")}
-    if found != {count}:
-        raise UserError(f"{path} does not hold {count} pairs; delete it and rerun make_pairs.py")
-    return file
+        z = file.get_slice("z")[:2]
+        if len(z) == 1 and not z.equal(sample_noise("pairs", seed, indices[:1], z.shape[1:])):
+            raise UserError("this version of NumPy draws other noise; make the pairs again")
+        return file, read_metadata(file).get("prompts", [])
+
+
+def count_pairs(path: Path) -> int:
+    """The number of pairs in a shard, 0 if it does not exist."""
+    if not path.exists():
+        return 0
+    with one_line_errors(path):
+        return safe_open(str(path), framework="pt").get_slice("y").get_shape()[0]
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -10,6 +10,7 @@
 Every file is written whole or not at all (see files.py).
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -18,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,17 +29,26 @@ from tqdm import tqdm
 
 from plumbing.devices import Ranks
 from plumbing.drawing import draw_curves, save_grid, write_film
-from plumbing.files import atomic_path, read_json, write_csv, write_json, write_tensors
+from plumbing.files import (
+    atomic_path,
+    one_line_errors,
+    read_json,
+    torch_load,
+    write_csv,
+    write_json,
+    write_tensors,
+)
 from plumbing.options import UserError
 
 SCALARS = ["loss_kl", "loss_reg", "loss_denoise", "grad_norm_G", "grad_norm_fake"]
 SHOW_EVERY = 10  # steps after which the scalars are read, checked and shown
+locks: list[int] = []  # open files, whose locks this process holds until it ends
 
 
 def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...] = ()) -> None:
     """Write `settings`, which decide everything that the folder will hold, to its file `name`.
-    Raise UserError if the folder holds files that are not ours or were made with other settings.
-    Only the settings in `may_grow` may be larger than before."""
+    Raise UserError if the folder holds files that are not ours or were made with other settings, or
+    if another process works in it. Only settings in `may_grow` may be larger than before."""
     settings = json.loads(json.dumps(settings))
     found = read_json(out / name) if (out / name).exists() else {}
     # A setting that an older file lacks counts as unchanged.
@@ -52,55 +63,64 @@ def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...]
             f"the files in {out} were made with another {', '.join(changed)}; "
             "choose another --out or delete the folder"
         )
+    lock_folder(out)
     write_json(out / name, settings)
+
+
+def lock_folder(out: Path) -> None:
+    """Keep other processes out of a folder until this one ends, and delete what killed ones left.
+    On Windows and on file systems without locks, nothing happens."""
+    with contextlib.suppress(ImportError, OSError):  # atomic_path tells what prevents writing
+        import fcntl
+
+        out.mkdir(parents=True, exist_ok=True)
+        locks.append(os.open(out / ".lock", os.O_RDWR | os.O_CREAT))
+        try:
+            fcntl.lockf(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = f"another process is working in {out}"
+            raise UserError(f"{what}; wait until it ends, or choose another --out") from None
+        for left in out.rglob(".*.part"):
+            left.unlink()
 
 
 def load_checkpoint(out: Path, parts: dict) -> tuple[int, list[dict]]:
     """Restore the state of `parts`, {name: object with load_state_dict}, from checkpoint.pt.
-    Returns the number of steps done and the rows of the log: 0 and [] without a checkpoint."""
+    Returns the number of steps done and the rows of the log: 0 and [] without a checkpoint. Later
+    pictures, which an earlier checkpoint that was put back leaves behind, are deleted."""
     path = out / "checkpoint.pt"
     if not path.exists():
         return 0, []
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with one_line_errors(path, f"cannot be resumed; delete {out} to start over"):
+        state = torch_load(path)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         with open(out / "log.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
-    except (OSError, torch.OutOfMemoryError) as error:
-        raise UserError(f"{path} cannot be loaded now ({error}); it was left as it is") from None
-    except Exception as error:  # torch.load and load_state_dict raise a dozen types
-        reason = (str(error) or repr(error)).splitlines()[0][:200]
-        raise UserError(
-            f"{path} cannot be resumed ({reason}); delete {out} to start over"
-        ) from None
+    for picture in out.glob("samples_*.png"):
+        if picture.stem > f"samples_{state['step']:06d}":
+            picture.unlink(missing_ok=True)  # another rank may have been faster
     return state["step"], rows
 
 
 def save_run(
     out: Path, step: int, rows: list[dict], state: dict, generator: tuple[dict, dict],
-    bands: list[Tensor], *, film: bool, unet_config: dict | None, keep: int,
+    draw: Callable[[], list[Tensor]], *, film: bool, unet_config: dict | None, keep: int,
 ) -> None:  # fmt: skip
-    """Write all files of a run.
+    """Write all files of a run: first what it needs to resume and what it is for.
 
     Args:
         rows: those of the log; state: the checkpoint, "step" and all that load_checkpoint restores.
-        generator: its tensors and metadata; bands: see save_pictures; film: also write the film.
+        generator: its tensors and metadata.
+        draw: makes the bands of save_pictures; film: also write the film.
         unet_config: for Stable Diffusion, see save_unet_folder.
         keep: number of the newest checkpoints and generators that stay. If it is more than 1, they
             are copies named by their step.
     """
-    save_pictures(out, step, bands)
-    if film:
-        save_film(out)
-    if unet_config:
-        save_unet_folder(out, unet_config)
     write_csv(out / "log.csv", rows)
-    draw_curves(out / "curves.png", rows)
-    write_tensors(out / "generator.safetensors", *generator, format="pt")
-    # The checkpoint is last: a run that resumes repeats the steps after it and rewrites the rest.
     with atomic_path(out / "checkpoint.pt") as temporary:
         torch.save(state, temporary)
+    write_tensors(out / "generator.safetensors", *generator, format="pt")
     for path in (out / "checkpoint.pt", out / "generator.safetensors") if keep > 1 else ():
         with atomic_path(path.with_stem(f"{path.stem}_{step:06d}")) as temporary:
             shutil.copyfile(path, temporary)
@@ -108,6 +128,12 @@ def save_run(
         copies = sorted(out.glob(f"{path.stem}_[0-9]*{path.suffix}"), key=os.path.getmtime)
         for old in copies[:-keep]:
             old.unlink()
+    if unet_config:
+        save_unet_folder(out, unet_config)
+    draw_curves(out / "curves.png", rows)
+    save_pictures(out, step, draw())
+    if film:
+        save_film(out)
 
 
 def save_pictures(out: Path, step: int, bands: list[Tensor]) -> None:
@@ -128,11 +154,13 @@ def save_film(out: Path) -> None:
 
 def save_unet_folder(out: Path, config: dict) -> None:
     """Write unet/ for diffusers' UNet2DConditionModel.from_pretrained: the config under diffusers'
-    names, and a link to generator.safetensors."""
+    names, and generator.safetensors as a link or, on a file system without links, as a copy."""
     write_json(out / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **config})
-    link = out / "unet" / "diffusion_pytorch_model.safetensors"
-    if not link.is_symlink():
-        link.symlink_to(Path("..") / "generator.safetensors")
+    with atomic_path(out / "unet" / "diffusion_pytorch_model.safetensors") as temporary:
+        try:
+            temporary.symlink_to(Path("..") / "generator.safetensors")
+        except OSError:
+            shutil.copyfile(out / "generator.safetensors", temporary)
 
 
 class Log:
@@ -143,11 +171,12 @@ class Log:
     Args:
         start, steps: the first step of this process and the number of steps of the run.
         rows: those logged before.
-        fp16: accept infinite gradients, because optim.Learner.step then skips the step.
+        scalers: those of the networks. If they are enabled (fp16), infinite gradients are accepted,
+            because optim.Learner.step then skips the step.
     """
 
-    def __init__(self, ranks: Ranks, start: int, steps: int, rows: list[dict], fp16: bool):
-        self.ranks, self.steps, self.rows, self.fp16 = ranks, steps, rows, fp16
+    def __init__(self, ranks: Ranks, start: int, steps: int, rows: list[dict], scalers: list):
+        self.ranks, self.steps, self.rows, self.scalers = ranks, steps, rows, scalers
         self.waiting, self.images = [], 0  # images per step over all ranks; the loop sets it
         how = {"desc": "train", "mininterval": 0.5, "disable": ranks.rank > 0}
         self.bar = tqdm(total=steps, initial=start, **how)
@@ -174,6 +203,12 @@ class Log:
             row = {name: f"{value:.5g}" for name, value in zip(SCALARS, values, strict=True)}
             row |= {"learning_rate": f"{rate:.4g}", "images_per_s": images_per_s}
             self.rows.append({"step": step + 1, **row})
+        scale = min(scaler.get_scale() for scaler in self.scalers)  # 1 without fp16
+        if scale < 1:  # every step that is skipped halves it
+            raise UserError(
+                f"fp16's loss scale is {scale:g} at step {steps[-1] + 1}: gradients stay infinite; "
+                "the last checkpoint is intact; start again with --amp bf16 and another --out"
+            )
         self.waiting, self.clock = [], now
         self.bar.set_postfix(row, refresh=False)
         return self.rows
@@ -188,8 +223,9 @@ class Log:
 
     def check(self, step: int, scalars: list[float]) -> None:
         """Raise UserError if a scalar is not finite."""
+        fp16 = self.scalers[0].is_enabled()
         for name, value in zip(SCALARS, scalars, strict=True):
-            if not math.isfinite(value) and not (self.fp16 and name.startswith("grad_norm")):
+            if not math.isfinite(value) and not (fp16 and name.startswith("grad_norm")):
                 raise UserError(
                     f"{name} is {value} at step {step + 1}; the last checkpoint is intact; start "
                     "again with a lower --learning-rate or higher --lambda-reg and another --out"

@@ -3,12 +3,13 @@
 import ast
 import os
 import stat
+import time
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, in_forks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -34,14 +35,41 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
-def test_what_a_killed_write_left_is_overwritten(tmp_path):
-    """kill -9 leaves a hidden file, which the next write replaces and claim_folder ignores."""
+def test_two_writers_of_one_file_leave_a_whole_one(tmp_path):
+    """The second starts and ends while the first is in the middle."""
     path = tmp_path / "file"
-    (tmp_path / ".file.part").write_bytes(b"half of a much longer file")
+    with atomic_path(path) as first, open(first, "wb", buffering=0) as file:
+        file.write(b"the first half")
+        write_bytes(path, b"the second's")
+        assert path.read_bytes() == b"the second's"
+        file.write(b" and the second half")
+    assert path.read_bytes() == b"the first half and the second half"
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def work_in(folder):
+    """In a fork: claim the folder, and keep it until another one could not. That one ends."""
+    try:
+        claim_folder(folder, "meta.json", {"a": 1})
+    except UserError as error:
+        (folder / "refused").write_text(str(error))
+    while not (folder / "refused").exists():
+        time.sleep(0.01)
+
+
+def test_a_second_process_in_a_folder_is_refused(tmp_path):
+    assert in_forks((work_in, tmp_path), (work_in, tmp_path)) == [0, 0]
+    assert (tmp_path / "refused").read_text().startswith("another process is working in ")
+    claim_folder(tmp_path, "meta.json", {"a": 1})  # both have ended
+
+
+def test_what_a_killed_write_left_is_deleted(tmp_path):
+    """kill -9 leaves a hidden file, which claim_folder deletes."""
+    (tmp_path / ".file.0a1b2c3d.part").write_bytes(b"half of a much longer file")
     claim_folder(tmp_path, "meta.json", {"a": 1})
     claim_folder(tmp_path, "meta.json", {"a": 2})  # the folder holds nothing made with 1
-    write_bytes(path, b"new")
-    assert sorted(os.listdir(tmp_path)) == ["file", "meta.json"] and path.read_bytes() == b"new"
+    write_bytes(tmp_path / "file", b"new")
+    assert sorted(os.listdir(tmp_path)) == [".lock", "file", "meta.json"]
     with pytest.raises(UserError, match="another a;"):
         claim_folder(tmp_path, "meta.json", {"a": 1}, may_grow=("a",))
     (tmp_path / "meta.json").unlink()

@@ -18,12 +18,16 @@ import pytest
 import torch
 from conftest import files, kill_in_write, pairs_config, scalars, tiny_config
 from PIL import Image
+from safetensors import SafetensorError
+from torch.amp import GradScaler
 
 import make_pairs
+import plumbing.pairs
 import train
 from edm_unet import heun_sample
+from plumbing import rundir
 from plumbing.devices import Ranks
-from plumbing.files import read_tensors
+from plumbing.files import one_line_errors, read_tensors
 from plumbing.optim import Learner
 from plumbing.options import UserError
 from plumbing.pairs import Pairs, sample_noise
@@ -156,15 +160,44 @@ def test_an_interrupted_run_resumes_exactly(small, tmp_path, straight, monkeypat
     ]  # fmt: skip
 
 
-def test_a_killed_run_resumes_exactly(small, tmp_path, straight):
-    """kill -9 in the middle of the second checkpoint, when log.csv and the generator are newer than
-    the first."""
+@pytest.mark.parametrize(
+    ("name", "time", "done"), [("checkpoint.pt", 2, 2), ("generator.safetensors", 3, 6)]
+)
+def test_a_killed_run_resumes_exactly(small, tmp_path, straight, name, time, done):
+    """kill -9 in the middle of the second checkpoint, when log.csv is newer than the first; and in
+    the middle of the last generator, when nothing but files is missing."""
     config = tiny_config(small, tmp_path / "run", **PHASED)
-    kill_in_write(train.main, config, "checkpoint.pt", time=2)
+    kill_in_write(train.main, config, name, time)
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    assert state["step"] == 2 and len(scalars(tmp_path / "run")) == 4
+    assert state["step"] == done and len(scalars(tmp_path / "run")) == 2 * time
     train.main(config)
     same_run(straight, tmp_path / "run")
+    assert files(straight).keys() == files(tmp_path / "run").keys()
+
+
+def test_what_is_to_be_looked_at_costs_no_checkpoint(small, tmp_path, monkeypatch):
+    """What a run needs to resume, and its generator, are written before any picture."""
+    config = tiny_config(small, tmp_path / "run", steps=1)
+    broken = Mock(side_effect=UserError("cannot be drawn"))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be drawn"):
+        patch.setattr(rundir, "draw_curves", broken)
+        train.main(config)
+    assert load_generator(tmp_path / "run/generator.safetensors")[1]["step"] == "1"
+    train.main(config)
+    assert "samples_000001.png" in files(tmp_path / "run")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_folder_for_diffusers_with_and_without_links(tmp_path, monkeypatch, links):
+    """On a file system without symbolic links it holds a copy, which the next save renews."""
+    if not links:
+        monkeypatch.setattr(Path, "symlink_to", Mock(side_effect=OSError(95, "not supported")))
+    weights = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    for content in (b"first", b"second"):
+        (tmp_path / "generator.safetensors").write_bytes(content)
+        rundir.save_unet_folder(tmp_path, {"sample_size": 64})
+        assert weights.read_bytes() == content and weights.is_symlink() == links
+    assert len(files(tmp_path / "unet")) == 2
 
 
 def test_a_phase_waits_for_its_pairs(small, tmp_path, straight):
@@ -245,8 +278,9 @@ def test_keep_leaves_the_newest_checkpoints_to_go_back_to(small, tmp_path, monke
     shutil.copyfile(out / "checkpoint_000002.pt", out / "checkpoint.pt")
     original, steps = train.training_step, []
     monkeypatch.setattr(train, "training_step", lambda r, k: (steps.append(k), original(r, k))[1])
+    (out / "samples_000009.png").touch()  # of a future that is given up: it is not in the film
     train.main(tiny_config(small, out, steps=3, **options))
-    assert steps == [2]  # the third
+    assert steps == [2] and "samples_000009.png" not in files(out)  # the third
     same_run(whole, out)
 
 
@@ -254,7 +288,7 @@ def test_what_comes_after_going_back_is_kept(tmp_path):
     """--keep 2: the newest copies are those written last, whatever their steps."""
     row = dict.fromkeys(["step", *SCALARS, "learning_rate", "images_per_s"], "1")
     for age, step in enumerate((800, 900, 500, 600)):
-        what = ([row], {"step": step}, ({}, {}), [torch.zeros(1, 1, 2, 2)])
+        what = ([row], {"step": step}, ({}, {}), lambda: [torch.zeros(1, 1, 2, 2)])
         save_run(tmp_path, step, *what, film=False, unet_config=None, keep=2)
         for path in tmp_path.glob(f"*_000{step}.*"):
             os.utime(path, (age, age))
@@ -304,15 +338,25 @@ def test_an_overflow_under_fp16_skips_the_step():
     torch.testing.assert_close(resumed.state_dict(), learner.state_dict(), rtol=0, atol=0)
 
 
+def test_fp16_that_skips_every_step_ends_the_run(small, tmp_path, monkeypatch):
+    """A finite loss with a NaN gradient: every step is skipped, and halves the loss scale."""
+    monkeypatch.setattr(train, "l2_distance", lambda x, y: (x - x.detach()).abs().sqrt())
+    config = tiny_config(small, tmp_path / "run", steps=40, save_every=10, amp="fp16")
+    with pytest.raises(UserError, match=r"loss scale is 0\.\d+ at step 20: .* --amp bf16"):
+        train.main(config)
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert state["step"] == 10 and state["G"]["scaler"]["scale"] == 2**6
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_what_is_not_finite_stops_the_run(value):
     """Except fp16's gradients, which the scaler takes care of."""
     for at, name in enumerate(SCALARS):
         row = [value if i == at else 1.0 for i in range(5)]
         with pytest.raises(UserError, match=rf"{name} is {value} at step 1"):
-            Log(ALONE, 0, 9, [], fp16=name.startswith("loss")).check(0, row)
+            Log(ALONE, 0, 9, [], [GradScaler("cpu", enabled=name.startswith("loss"))]).check(0, row)
         if name.startswith("grad_norm"):
-            Log(ALONE, 0, 9, [], fp16=True).check(0, row)
+            Log(ALONE, 0, 9, [], [GradScaler("cpu")]).check(0, row)
 
 
 @pytest.mark.parametrize(
@@ -412,10 +456,40 @@ def test_damaged_checkpoint(finished_run, pairs, tmp_path, fraction):
         train.main(tiny_config(pairs, out, steps=2))
 
 
-def test_without_memory_a_checkpoint_is_not_called_damaged(finished_run, pairs, monkeypatch):
-    monkeypatch.setattr(torch, "load", Mock(side_effect=OSError(12, "Cannot allocate memory")))
-    with pytest.raises(UserError, match=r"cannot be loaded now .* left as it is"):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(12, "Cannot allocate memory"), "Cannot allocate memory"),
+        # torch's words for a file that cannot be mapped
+        (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), "Cannot allocate me"),
+        (MemoryError(), "Cannot allocate memory"),
+        (SafetensorError("I/O error: Too many open files (os error 24)"), "Too many open files"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_a_fault_of_the_machine_is_not_called_damage(
+    finished_run, pairs, monkeypatch, error, reason
+):
+    match = f"^shard cannot be read: {reason}"
+    with pytest.raises(UserError, match=match), one_line_errors(Path("shard")):
+        raise error
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    with pytest.raises(UserError, match=rf"checkpoint\.pt cannot be read: {reason}"):
         train.main(tiny_config(pairs, finished_run, steps=2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of maps")
+def test_few_shards_and_no_checkpoint_are_mapped(small, tmp_path, monkeypatch):
+    """65,530 maps are all that a process may have, and Windows replaces no file that is mapped."""
+    monkeypatch.setattr(plumbing.pairs, "OPEN_SHARDS", 2)
+    out = tmp_path / "run"
+    train.main(tiny_config(small, out, steps=1))
+    run = prepare(small, out, steps=1)
+    assert rundir.load_checkpoint(out, run.stateful())[0] == 1
+    z, y, cond = run.pairs.batch(range(20))  # of three shards
+    mapped = Path("/proc/self/maps").read_text()
+    assert mapped.count(".safetensors") <= 2 and "checkpoint.pt" not in mapped
+    assert len(z) == len(y) == len(cond) == 20
 
 
 def test_a_run_that_never_saved_starts_anew(small, tmp_path, monkeypatch):
@@ -452,7 +526,13 @@ def test_options_out_of_range(option, message):
         ("meta.json", None, r"no pairs in .*make_pairs\.py"),
         ("meta.json", lambda data: b"{}", "no pairs in"),
         ("meta.json", lambda data: data[:20], r"meta\.json is damaged"),
-        ("meta.json", lambda data: data.replace(b'_size": 8', b'_size": 10'), "not hold 10 pairs"),
+        ("meta.json", lambda data: b"[1]", r"meta\.json .*holds no JSON object"),
+        ("meta.json", lambda data: data.replace(b": 20", b': "20"'), "num_pairs cannot be '20';"),
+        (
+            "meta.json",
+            lambda data: data.replace(b'_size": 8', b'_size": 10'),
+            "2 of 2 shards .* too short; run",
+        ),
         ("meta.json", lambda data: data.replace(b"mnist", b"cifar10"), "of cifar10, not of mnist;"),
         ("meta.json", lambda data: data.replace(b'256": "', b'256": "0'), "with another teacher"),
     ],

@@ -214,15 +214,18 @@ def test_half_precision_is_of_the_networks_alone(teacher, tiny_pairs, tmp_path, 
 class SevenPairs:
     """Pairs that say their number: z = k, y = -k, and the prompt or the class is k."""
 
-    def __init__(self, prompts: list[str]):
-        self.prompts = prompts
+    def __init__(self, text: bool):
+        self.text = text
+
+    def prompts(self, indices):
+        return list(map(str, indices))
 
     def __len__(self):
         return 7
 
     def batch(self, indices):
         z = torch.tensor(indices, dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
-        return z, -z, [self.prompts[k] for k in indices] if self.prompts else torch.tensor(indices)
+        return z, -z, self.prompts(indices) if self.text else torch.tensor(indices)
 
 
 def draw(step=3, rows=range(2000), rows_ref=range(2000), classes=0, **options):
@@ -233,7 +236,7 @@ def draw(step=3, rows=range(2000), rows_ref=range(2000), classes=0, **options):
         image_shape=(1, 2, 2),
         encode=lambda cond: torch.tensor([int(k) for k in cond]),
     )
-    pairs = SevenPairs([] if classes else list("0123456"))
+    pairs = SevenPairs(text=not classes)
     run = SimpleNamespace(config=config, ranks=ALONE, teacher=teacher, pairs=pairs)
     return train.draw_batch(run, step, rows, rows_ref)
 
