@@ -183,7 +183,7 @@ TABLE_5 = (
 )
 ROWS["sd15-guidance8"] = ROWS["sd15"] | dict(  # 32 + 16 samples on each of about 80 GPUs
     num_pairs=12_000_000, guidance=8.0, steps=165_000, batch_size=2560, batch_size_ref=1280,
-    lambda_reg=1.0, max_dm_step=500, phases=TABLE_5,
+    lambda_reg=1.0, max_dm_step=500, phases=TABLE_5, shard_size=1000,
 )  # fmt: skip
 WORKLOADS = {
     name: Workload(dataset=name, pairs=f"pairs/{name}", out=f"runs/{name}", **row)
