@@ -108,7 +108,10 @@ def one_line_errors(
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename or path} does not exist; check the path") from None
+        name = error.filename or path
+        # safetensors says so, too, if the process has too many open files.
+        what = "cannot be opened now" if os.path.exists(name) else "does not exist; check the path"
+        raise UserError(f"{name} {what}") from None
     except UserError as error:
         named = str(error).startswith(str(path))
         raise UserError(one_line(error if named else f"{path} is refused: {error}")) from error
