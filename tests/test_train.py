@@ -474,7 +474,7 @@ def test_a_fault_of_the_machine_is_not_called_damage(
     with pytest.raises(UserError, match=match), one_line_errors(Path("shard")):
         raise error
     shard = pairs / "shard_00000.safetensors"
-    with pytest.raises(UserError, match="cannot be opened now$"), one_line_errors(shard):
+    with pytest.raises(UserError, match=r"cannot be opened now$"), one_line_errors(shard):
         raise FileNotFoundError(f"No such file or directory: {shard}")  # safetensors: no descriptor
     monkeypatch.setattr(torch, "load", Mock(side_effect=error))
     with pytest.raises(UserError, match=rf"checkpoint\.pt cannot be read: {reason}"):
