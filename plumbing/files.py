@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import errno
 import hashlib
 import io
 import json
@@ -75,28 +74,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict, **othe
 def read_json(path: Path) -> dict:
     """The object in a JSON file."""
     with one_line_errors(path):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise UserError("it holds no JSON object; make it again")
-        return found
+        return json.loads(path.read_text(encoding="utf-8")) | {}  # an error if it is no object
 
 
-def check_kinds(path: Path, found: dict, **kinds: type) -> None:
-    """Raise UserError unless entries of a file's object have these types and are not 0 or empty."""
-    for name, kind in kinds.items():
-        if not isinstance(found.get(name), kind) or not found[name]:
-            raise UserError(f"{path}: {name} cannot be {found.get(name)!r}; make it again")
-
-
-def machine_fault(error: Exception) -> str:
-    """Why the machine cannot read a file that may be sound. "" if the file itself is at fault."""
-    if isinstance(error, OSError) and error.errno:  # Pillow's have none
-        return str(error.strerror)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return os.strerror(errno.ENOMEM)
-    # safetensors and torch put the system's words into errors of their own.
-    faults = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO, errno.ESTALE)
-    return next((text for text in map(os.strerror, faults) if text in str(error)), "")
+# What the machine lacks, in words that torch and safetensors put into errors of their own.
+MACHINE = r"\[Errno|os error|MemoryError|out of memory|Cannot allocate|Too many open|No space left"
 
 
 @contextlib.contextmanager
@@ -116,10 +98,9 @@ def one_line_errors(
         named = str(error).startswith(str(path))
         raise UserError(one_line(error if named else f"{path} is refused: {error}")) from error
     except Exception as error:  # pickles, zip files, safetensors and torch raise a dozen types
-        if reason := machine_fault(error):
-            raise UserError(f"{path} cannot be read: {reason}") from error
-        text = f"{path} {fault} ({type(error).__name__}: {error})"
-        raise UserError(one_line(text)) from error
+        text = f"{type(error).__name__}: {error}"
+        fault = "cannot be read" if re.search(MACHINE, text) else fault
+        raise UserError(one_line(f"{path} {fault} ({text})")) from error
 
 
 def torch_load(source: Path | io.BytesIO) -> Any:

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from plumbing.files import check_kinds, one_line_errors, read_json, read_metadata
+from plumbing.files import one_line_errors, read_json, read_metadata
 from plumbing.options import UserError
 
 STREAMS = (
@@ -105,7 +105,9 @@ class Pairs:
         if "shard_size" not in meta:
             raise UserError(f"no pairs in {folder}; {remedy}")
         kinds = {"num_pairs": int, "shard_size": int, "guidance": float | int, "teacher": dict}
-        check_kinds(file, meta, dataset=str, **kinds)
+        for name, kind in (kinds | {"dataset": str}).items():
+            if not isinstance(meta.get(name), kind) or not meta[name]:
+                raise UserError(f"{file}: {name} cannot be {meta.get(name)!r}; {remedy}")
         made, made_for = meta["num_pairs"], meta["dataset"]
         if made_for != dataset:
             raise UserError(f"{folder} holds pairs of {made_for}, not of {dataset}; {remedy}")

@@ -10,7 +10,6 @@
 Every file is written whole or not at all (see files.py).
 """
 
-import contextlib
 import csv
 import json
 import math
@@ -70,18 +69,19 @@ def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...]
 def lock_folder(out: Path) -> None:
     """Keep other processes out of a folder until this one ends, and delete what killed ones left.
     On Windows and on file systems without locks, nothing happens."""
-    with contextlib.suppress(ImportError, OSError):  # atomic_path tells what prevents writing
+    try:
         import fcntl
 
         out.mkdir(parents=True, exist_ok=True)
         locks.append(os.open(out / ".lock", os.O_RDWR | os.O_CREAT))
-        try:
-            fcntl.lockf(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            what = f"another process is working in {out}"
-            raise UserError(f"{what}; wait until it ends, or choose another --out") from None
-        for left in out.rglob(".*.part"):
-            left.unlink()
+        fcntl.lockf(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        what = f"another process is working in {out}"
+        raise UserError(f"{what}; wait until it ends, or choose another --out") from None
+    except (ImportError, OSError):  # if the folder cannot be written, atomic_path says so
+        return
+    for left in out.rglob(".*.part"):
+        left.unlink()
 
 
 def load_checkpoint(out: Path, parts: dict) -> tuple[int, list[dict]]:

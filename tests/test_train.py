@@ -462,7 +462,7 @@ def test_damaged_checkpoint(finished_run, pairs, tmp_path, fraction):
         (OSError(12, "Cannot allocate memory"), "Cannot allocate memory"),
         # torch's words for a file that cannot be mapped
         (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), "Cannot allocate me"),
-        (MemoryError(), "Cannot allocate memory"),
+        (MemoryError(), "MemoryError"),
         (SafetensorError("I/O error: Too many open files (os error 24)"), "Too many open files"),
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
@@ -470,14 +470,14 @@ def test_damaged_checkpoint(finished_run, pairs, tmp_path, fraction):
 def test_a_fault_of_the_machine_is_not_called_damage(
     finished_run, pairs, monkeypatch, error, reason
 ):
-    match = f"^shard cannot be read: {reason}"
+    match = rf"^shard cannot be read \(.*{reason}"
     with pytest.raises(UserError, match=match), one_line_errors(Path("shard")):
         raise error
     shard = pairs / "shard_00000.safetensors"
     with pytest.raises(UserError, match=r"cannot be opened now$"), one_line_errors(shard):
         raise FileNotFoundError(f"No such file or directory: {shard}")  # safetensors: no descriptor
     monkeypatch.setattr(torch, "load", Mock(side_effect=error))
-    with pytest.raises(UserError, match=rf"checkpoint\.pt cannot be read: {reason}"):
+    with pytest.raises(UserError, match=rf"checkpoint\.pt cannot be read \(.*{reason}"):
         train.main(tiny_config(pairs, finished_run, steps=2))
 
 
@@ -529,7 +529,7 @@ def test_options_out_of_range(option, message):
         ("meta.json", None, r"no pairs in .*make_pairs\.py"),
         ("meta.json", lambda data: b"{}", "no pairs in"),
         ("meta.json", lambda data: data[:20], r"meta\.json is damaged"),
-        ("meta.json", lambda data: b"[1]", r"meta\.json .*holds no JSON object"),
+        ("meta.json", lambda data: b"[1]", r"meta\.json is damaged or of another kind"),
         ("meta.json", lambda data: data.replace(b": 20", b': "20"'), "num_pairs cannot be '20';"),
         (
             "meta.json",
