@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dmd_loss import T_MAX, T_MIN, WEIGHTINGS, T
 from plumbing.devices import AMP
-from plumbing.edm_files import image_size
+from plumbing.edm_files import size_and_kind
 from plumbing.options import Options, UserError, option
 
 ASSETS = Path(__file__).parent / "assets"
@@ -91,13 +91,14 @@ class Workload(Options):
             raise UserError(f"--guidance is for sd15, not for {self.dataset}; omit it")
         if self.latent and not 2 <= self.solver_steps < T:
             raise UserError(f"--steps of sd15 must be 2 to {T - 1}, not {self.solver_steps}")
+        if self.latent and T % self.solver_steps > T // 10:  # its stride, T // steps, is rounded
+            what = f"--steps {self.solver_steps} of sd15 makes PNDM start far below t = {T - 1}"
+            raise UserError(f"{what}; choose a divisor of {T}, such as 50, 100 or 250")
         if not (self.lambda_dm or self.lambda_reg):
             raise UserError("nothing to learn with --lambda-dm 0 and --lambda-reg 0; raise one")
-        if self.phases and self.steps > self.phases[-1][0]:
-            raise UserError(
-                f"--steps of {self.dataset} must be at most {self.phases[-1][0]}, where its last "
-                f"phase ends, not {self.steps}"
-            )
+        if self.phases and self.steps > (end := self.phases[-1][0]):
+            what = f"--steps of {self.dataset} must be at most {end}, where its last phase ends"
+            raise UserError(f"{what}, not {self.steps}")
 
     def at(self, step: int) -> "Workload":
         """The row at step k, counted from 0, because Table 5's phases change some of its values."""
@@ -190,26 +191,39 @@ WORKLOADS = {
     for name, row in ROWS.items()
 }
 
-# What --dataset edm takes from cifar10 or imagenet64.
-EDM_NUMBERS = ROWS["imagenet64"].keys() - {"network", "teacher", "reference"}
+# What --dataset edm takes from cifar10, cifar10-uncond or imagenet64.
+EDM_NUMBERS = ROWS["cifar10-uncond"].keys() - {"network", "teacher", "reference"}
 
 
 def get_workload(dataset: str = "mnist", **changed) -> Workload:
-    """A row of the table with some values changed, in all its phases. If batch_size is changed
-    alone, batch_size_ref changes in proportion."""
+    """A row of the table with some values changed (None: not changed), in all its phases. If
+    batch_size is changed alone, all batch sizes of the row and its phases change in proportion."""
     if dataset not in WORKLOADS:
         raise UserError(f"unknown dataset {dataset!r}; choose one of {', '.join(WORKLOADS)}")
-    row = WORKLOADS[dataset]
+    row, changed = WORKLOADS[dataset], {k: v for k, v in changed.items() if v is not None}
     if dataset == "edm" and "teacher" in changed:
-        like = "imagenet64" if image_size(changed["teacher"]) >= 64 else "cifar10"
-        row = replace(row, **{name: ROWS[like][name] for name in EDM_NUMBERS})
-        if os.environ.get("RANK", "0") == "0":
-            print(f"edm: options that are not given are {like}'s")
+        size, unconditional = size_and_kind(changed["teacher"])
+        small = "cifar10-uncond" if unconditional else "cifar10"
+        like, numbers = f"{small}'s", ROWS[small]
+        if size >= 64:
+            like, numbers = f"imagenet64's (lambda_reg: {like})", numbers | ROWS["imagenet64"]
+        row = replace(row, **{name: numbers[name] for name in EDM_NUMBERS & numbers.keys()})
+        say(f"edm: options that are not given are {like}")
+    fixed, scale = changed.keys(), 1.0
     if "batch_size" in changed and "batch_size_ref" not in changed:
-        ratio = row.batch_size_ref / row.batch_size
-        changed["batch_size_ref"] = max(1, round(ratio * changed["batch_size"]))
-    phases = tuple(
-        (end, {name: value for name, value in values.items() if name not in changed})
-        for end, values in row.phases
-    )
+        fixed, scale = fixed - {"batch_size"}, changed["batch_size"] / row.batch_size
+
+    def rest(values: dict) -> dict:
+        """A phase's values without those that are given, with the batch sizes in proportion."""
+        kept = {name: value for name, value in values.items() if name not in fixed}
+        return kept | {k: max(1, round(scale * kept[k])) for k in kept if "batch_size" in k}
+
+    phases = tuple((end, rest(values)) for end, values in row.phases)
+    changed = rest({"batch_size_ref": row.batch_size_ref}) | changed
     return replace(row, **{"phases": phases, **changed})
+
+
+def say(text: str) -> None:
+    """Print a line, on rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)

@@ -91,16 +91,15 @@ def read_edm_file(path: str | Path) -> tuple[dict[str, Tensor], dict | None, dic
         return sampling_tensors(stored), kwargs, metadata
 
 
-def image_size(teacher: str) -> int:
-    """Pixels per side of an EDM network's images, from its file or the name of a released one."""
+def size_and_kind(teacher: str) -> tuple[int, bool]:
+    """Pixels per side of an EDM network's images, and whether it is unconditional: from its file or
+    the name of a released one."""
     if Path(teacher).is_file():
-        _, kwargs, _ = read_edm_file(teacher)
-        if not kwargs:
-            raise UserError(f"{teacher} does not say which network it belongs to; use a run's file")
-        return kwargs["img_resolution"]
+        net = load_edm(teacher)
+        return net.image_shape[-1], net.label_dim == 0
     if named := re.search(r"-(\d+)x\d+-", teacher):
-        return int(named[1])
-    raise UserError(f"{teacher} is not a file; download it and give its path as --teacher")
+        return int(named[1]), "-uncond-" in teacher
+    raise UserError(f"{teacher} is not a file; download the teacher, and give its path")
 
 
 def file_format(path: Path) -> str:

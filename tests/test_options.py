@@ -19,7 +19,7 @@ from plumbing.files import atomic_path, read_header, read_tensors, write_bytes, 
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import STREAMS, draw_rows, generator, normal, uniform
 from plumbing.rundir import claim_folder
-from workloads import WORKLOADS
+from workloads import WORKLOADS, get_workload
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -161,6 +161,30 @@ def test_precisions(monkeypatch):
     for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         with autocast(cpu, amp):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_a_batch_size_alone_keeps_the_proportions_of_every_phase():
+    """Table 5's decoder phases take half of the samples and a quarter of the pairs."""
+    for given, tiny, full in (
+        ({"batch_size": 640}, (640, 320), (320, 80)),
+        ({"batch_size": 2}, (2, 1), (1, 1)),
+        ({"batch_size": 640, "batch_size_ref": 9}, (640, 9), (640, 9)),
+        ({"batch_size_ref": 9}, (2560, 9), (1280, 9)),
+    ):
+        workload = get_workload("sd15-guidance8", **given)
+        for step, decoder, sizes in ((0, "tiny", tiny), (79_999, "tiny", tiny),
+                                     (80_000, "full", full), (164_999, "full", full)):  # fmt: skip
+            row = workload.at(step)
+            assert (row.decoder, row.batch_size, row.batch_size_ref) == (decoder, *sizes)
+
+
+def test_pndm_starts_near_pure_noise():
+    """At t = 1 + (steps - 1) (1000 // steps); a few steps start as low as 1000 / steps must."""
+    for steps in (2, 5, 10, 50, 100, 250, 300, 999):
+        assert get_workload("sd15", solver_steps=steps).solver_steps == steps
+    for steps in (334, 501, 600):
+        with pytest.raises(UserError, match=f"--steps {steps} of sd15 .*; choose a divisor of"):
+            get_workload("sd15", solver_steps=steps)
 
 
 @pytest.mark.parametrize(("n", "count"), [(12, 3), (7, 3), (2, 4), (0, 2)])

@@ -41,7 +41,7 @@ def test_through_every_script(resolution, classes, tmp_path, monkeypatch, fast, 
     how = {"dataset": "edm", "teacher": teacher, "device": "cpu"}
     make_pairs.main(pairs_config(num_pairs=6, steps=2, shard_size=4, out="pairs", **how))
     said = capsys.readouterr().out
-    assert "edm: options that are not given are cifar10's" in said
+    assert f"options that are not given are cifar10{'' if classes else '-uncond'}'s\n" in said
     y = read_tensors(tmp_path / "pairs/shard_00000.safetensors")[0]
     assert y["y"].shape == (4, 3, resolution, resolution) and ("cond" in y) == bool(classes)
     train.main(tiny_config({"pairs": "pairs"}, "runs/mine", **how, distance="l2", steps=2))
@@ -67,14 +67,24 @@ def test_through_every_script(resolution, classes, tmp_path, monkeypatch, fast, 
         evaluate.main(evaluate.Config(**figures))
 
 
-def test_the_numbers_to_start_from(tmp_path):
-    """Those of the workload with images of this size; EDM's own are known by name."""
-    sizes = {16: "cifar10", 64: "imagenet64", 96: "imagenet64"}
-    cases = {own_network(tmp_path / f"{n}.safetensors", n, 2): row for n, row in sizes.items()}
-    for teacher, like in (cases | {"edm-ffhq-64x64-uncond-vp.pkl": "imagenet64"}).items():
+def test_the_numbers_to_start_from(tmp_path, capsys):
+    """Those of the workload with images of this size; EDM's own are known by name. The weight of
+    the regression is that of CIFAR-10, conditional or not."""
+    cases = {
+        own_network(tmp_path / f"{size}_{classes}.safetensors", size, classes): (like, weight)
+        for size, classes, like, weight in (
+            (16, 2, "cifar10", 0.25), (64, 2, "imagenet64", 0.25), (96, 2, "imagenet64", 0.25),
+            (16, 0, "cifar10-uncond", 0.5), (96, 0, "imagenet64", 0.5),
+        )
+    }  # fmt: skip
+    cases["edm-ffhq-64x64-uncond-vp.pkl"] = ("imagenet64", 0.5)
+    cases["edm-cifar10-32x32-uncond-vp.pkl"] = ("cifar10-uncond", 0.5)
+    for teacher, (like, weight) in cases.items():
         row = get_workload("edm", teacher=teacher, batch_size=10)
-        expected = get_workload(like, batch_size=10)
+        expected = get_workload(like, batch_size=10, lambda_reg=weight)
         assert all(getattr(row, name) == getattr(expected, name) for name in EDM_NUMBERS)
+        said = "imagenet64's (lambda_reg: cifar10" if like == "imagenet64" else f"{like}'s"
+        assert f"options that are not given are {said}" in capsys.readouterr().out
         assert (row.dataset, row.out, row.teacher) == ("edm", "runs/edm", teacher)
     assert WORKLOADS["edm"].distance == "lpips"
 
