@@ -607,9 +607,12 @@ def load_network(part: str, source: str | Path, config: dict | None = None) -> n
     weights_file, config_file = find_weights(part, source)
     if config is None:
         config = read_config(config_file) if config_file else {}
-    with torch.device("meta"):  # no memory; the file's tensors become the parameters
-        net = NETWORKS[part](SD15[part] | config)
+    with one_line_errors(weights_file), torch.device("meta"):
+        net = NETWORKS[part](SD15[part] | config)  # no memory: it takes over the file's tensors
     load_strictly(net, read_weights(part, weights_file), weights_file, assign=True)
+    for field, like in SD15[part].items():
+        if type(value := config.get(field, like)) is not type(like):
+            raise UserError(f"{weights_file}: its config's {field} must be like {like}: {value!r}")
     return net.eval().requires_grad_(part == "unet")
 
 
