@@ -68,7 +68,7 @@ class Config(Options):
     teacher_weights: str | None = option(None, "teacher weights (default: the dataset's own)")
     steps: int | None = option(None, "steps of the teacher (default: the dataset's)", least=1)
     guidance: float | None = option(None, "sd15: the teacher's (default: the dataset's)", above=0)
-    amp: str = option("off", "half precision of generator and teacher: bf16, fp16, ...", AMP)
+    amp: str | None = option(None, "half precision (default: for sd15 on a GPU)", AMP)
     batch_size: int | None = option(None, "images at a time (default: 100; sd15: 4)", least=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     json: str | None = option(None, "also write the figures to this file")
@@ -103,7 +103,8 @@ def complete(config: Config, workload: Workload, device: torch.device) -> Config
     return replace(
         config, dataset=workload.dataset, rows=rows, samples=samples, prompts=tuple(prompts),
         reference=reference, batch_size=config.batch_size or (4 if latent else 100),
-        amp=pick_amp(config.amp, device, workload.half), teacher_weights=workload.teacher,
+        amp=pick_amp(config.amp or workload.solver_amp, device, workload.half),
+        teacher_weights=workload.teacher,
     )  # fmt: skip
 
 

@@ -190,6 +190,18 @@ def test_images_are_edms(case, cifar, fast, tmp_path, monkeypatch, capsys):
     assert said == [f"{row}: FID {found['fid']:.2f} (9 images)"]
 
 
+def test_precision_is_the_workloads(cifar, tmp_path, monkeypatch):
+    """As in make_pairs.py and sample.py: half on a GPU for Stable Diffusion alone."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    (tmp_path / "captions.txt").write_text("a cat")
+    config = fid_config(cifar, captions=str(tmp_path / "captions.txt"), samples=2, reference=None)
+    for dataset, samples, found in (("cifar10", 2, "off"), ("sd15", 1, "fp16")):
+        how, workload = replace(config, samples=samples), get_workload(dataset)
+        assert evaluate.complete(how, workload, torch.device("cuda")).amp == found
+        how = replace(how, amp="bf16")
+        assert evaluate.complete(how, workload, torch.device("cuda")).amp == "bf16"
+
+
 def test_a_teacher_needs_no_generator(cifar, fast, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "find_generator", lambda given: MNIST_GENERATOR)
     with pytest.raises(UserError, match="makes mnist, not cifar10"):
