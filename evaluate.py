@@ -46,8 +46,8 @@ from plumbing.files import file_hash, write_json
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import read_prompts, sample_noise
 from plumbing.rundir import claim_folder
-from teachers import check_teaches, find_generator, is_sd_unet, load_generator, load_teacher
-from workloads import WORKLOADS, Workload, get_workload
+from teachers import find_generator, is_sd_unet, load_generator, load_teacher, origin, workload_of
+from workloads import WORKLOADS, Workload
 
 ROWS = ("untrained", "teacher", "student")
 
@@ -65,9 +65,9 @@ class Config(Options):
     reference: str | None = option(None, "FID: .npz or folder of real images (default: EDM's .npz)")
     out: str = option("captions", "sd15: folder of the pictures, with a subfolder per row")
     clip_score: bool = option(False, "sd15: also measure the CLIP score")
-    teacher_weights: str | None = option(None, "teacher weights (default: the dataset's own)")
+    teacher_weights: str | None = option(None, "default: the generator's, or the dataset's own")
     steps: int | None = option(None, "steps of the teacher (default: the dataset's)", least=1)
-    guidance: float | None = option(None, "sd15: the teacher's (default: the dataset's)", above=0)
+    guidance: float | None = option(None, "sd15: the teacher's (default: the generator's)", above=0)
     amp: str | None = option(None, "half precision (default: for sd15 on a GPU)", AMP)
     batch_size: int | None = option(None, "images at a time (default: 100; sd15: 4)", least=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -134,25 +134,26 @@ def load_rows(config: Config, device: torch.device) -> tuple[Config, list[Row]]:
         raise UserError("a text-to-image model needs captions; give a file of --captions")
     if config.captions and not latent:
         raise UserError(f"--captions is for text-to-image models, not for {path or dataset}")
+    metadata = {"dataset": dataset or "sd15"}
     if path:
         G, metadata = load_generator(path)
-        made = metadata["dataset"]
-        if dataset not in (None, made):
+        if dataset not in (None, made := metadata["dataset"]):
             raise UserError(f"{path} makes {made}, not {dataset}; choose another --checkpoint")
-        dataset, G = made, G.to(device, memory_format=torch.channels_last)
-        source = f"{path} (step {metadata.get('step', '?')})"
-        rows["student"] = Row("student", G, 1, source, file_hash(path), G.mu.net)
-    given = {"teacher": config.teacher_weights, "solver_steps": config.steps}
-    given |= {"guidance": config.guidance, "decoder": "full"}
-    given = {name: value for name, value in given.items() if value is not None}
-    workload = get_workload(dataset or "sd15", **given)
+    chosen, record = config.teacher_weights, {}
+    workload = workload_of(
+        metadata, bool({*config.rows} - {"student"}), teacher=chosen, guidance=config.guidance,
+        solver_steps=config.steps, decoder="full",
+    )  # fmt: skip
     config = complete(config, workload, device)  # reports mistakes before a teacher is downloaded
     with_teacher = set(config.rows) != {"student"}
     if latent or with_teacher:  # a student of sd15 needs the text encoder and the decoder
         teacher = load_teacher(workload, with_unet=with_teacher).to(device, config.amp)
+        record = teacher.record
+    if path:
+        G = G.to(device, memory_format=torch.channels_last)
+        source = origin(path, metadata, workload, record, bool(chosen))
+        rows["student"] = Row("student", G, 1, source, file_hash(path), G.mu.net)
     if with_teacher:
-        if "student" in config.rows and "teacher" not in given:
-            check_teaches(teacher, metadata, path)
         source, sha256 = teacher.record["name"], teacher.record["sha256"]
         source += f", guidance {workload.guidance:g}" if latent else ""
         net = teacher.sd.unet if latent else teacher.mu_real.net

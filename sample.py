@@ -25,8 +25,8 @@ from plumbing.devices import AMP, autocast, pick_amp, pick_device
 from plumbing.drawing import save_grid
 from plumbing.options import Options, UserError, option, parse_numbers, run_script
 from plumbing.pairs import sample_noise
-from teachers import check_teaches, find_generator, load_generator, load_teacher
-from workloads import Workload, get_workload
+from teachers import find_generator, load_generator, load_teacher, origin, workload_of
+from workloads import Workload
 
 
 @dataclass
@@ -40,8 +40,8 @@ class Config(Options):
     out: str = option("samples.png", "a .png file for one grid, or a folder for one file per image")
     columns: int = option(10, "images per row of the grid", least=1)
     teacher: bool = option(False, "put the teacher's result above each image and time both")
-    teacher_weights: str | None = option(None, "default: the dataset's own; sd15: G needs them too")
-    guidance: float | None = option(None, "sd15: the teacher's (default: the dataset's)", above=0)
+    teacher_weights: str | None = option(None, "default: the generator's; sd15: G needs them too")
+    guidance: float | None = option(None, "sd15: the teacher's (default: the generator's)", above=0)
     steps: int | None = option(None, "of the teacher's solver (default: the dataset's)", least=1)
     decoder: str = option("full", "sd15: decoder that makes the images", ("tiny", "full"))
     amp: str | None = option(None, "half precision (default: for sd15 on a GPU)", AMP)
@@ -62,10 +62,10 @@ def main(config: Config) -> None:
     """Draw the images and write them."""
     device, path = pick_device(config.device), find_generator(config.checkpoint)
     G, metadata = load_generator(path)
-    given = {"teacher": config.teacher_weights, "guidance": config.guidance}
-    given |= {"solver_steps": config.steps, "decoder": config.decoder}
-    given = {name: value for name, value in given.items() if value is not None}
-    workload = get_workload(metadata["dataset"], **given)
+    workload = workload_of(
+        metadata, config.teacher, teacher=config.teacher_weights, guidance=config.guidance,
+        solver_steps=config.steps, decoder=config.decoder,
+    )  # fmt: skip
     amp = pick_amp(config.amp or workload.solver_amp, device, workload.half)
 
     # Image i has the noise of the i-th seed, and the i-th label or prompt in turn.
@@ -80,9 +80,11 @@ def main(config: Config) -> None:
 
     # Stable Diffusion also needs its text encoder and a decoder. EDM needs nothing but G.
     encode = decode = lambda same: same
+    record = {}
     if workload.latent or config.teacher:
         teacher = load_teacher(workload, with_unet=config.teacher).to(device, amp)
-        encode, decode = teacher.encode, teacher.decode
+        encode, decode, record = teacher.encode, teacher.decode, teacher.record
+    source = origin(path, metadata, workload, record, bool(config.teacher_weights))
 
     def draw(solve: Callable, rows: slice) -> Tensor:
         """Draw these rows of z and cond -> images (B, C, H, W), about [-1, 1]."""
@@ -94,8 +96,6 @@ def main(config: Config) -> None:
     batches = [slice(start, start + size) for start in range(0, len(seeds), size)]
     solvers, bands, times = [G], [], []
     if config.teacher:
-        if config.teacher_weights is None:
-            check_teaches(teacher, metadata, path)
         solvers = [partial(teacher.solve, steps=workload.solver_steps), G]
         for solve in (partial(teacher.solve, steps=2), G):  # warm up: not timed
             draw(solve, batches[0])
@@ -113,7 +113,6 @@ def main(config: Config) -> None:
         for cut_off in teacher.sd.tokenizer.too_long.values():
             print(f"a prompt is too long for the text encoder: {cut_off!r} is cut off")
     where = write_pictures(Path(config.out), bands, seeds, config.columns)
-    source = f"{path} (step {metadata.get('step', '?')})"
     source += ", teacher above student" if config.teacher else ""
     print(f"wrote {where}: {len(seeds)} images of {workload.dataset} from {source}")
 

@@ -30,7 +30,7 @@ from plumbing.downloads import fetch
 from plumbing.edm_files import file_format, load_edm
 from plumbing.files import file_hash, one_line_errors, read_header, torch_load
 from plumbing.options import UserError, one_line
-from workloads import ASSETS, WORKLOADS, Workload
+from workloads import ASSETS, WORKLOADS, Workload, get_workload, say
 
 # The networks that a bare state dict may hold. Its names and shapes tell which.
 ARCHITECTURES = [row.network for row in WORKLOADS.values() if row.network and not row.latent]
@@ -114,11 +114,13 @@ def load_lpips(device: torch.device) -> Callable:
 
 def generator_file(
     G: OneStepGenerator, workload: Workload, record: dict[str, str], step: int
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+) -> tuple[dict[str, Tensor], dict]:
     """What a run's generator.safetensors holds: tensors under the teacher's names, and metadata."""
-    net = G.mu.net
-    return net.state_dict(), {
+    net, by_default = G.mu.net, WORKLOADS[workload.dataset].teacher  # mnist's: a path of this copy
+    named = workload.latent or workload.teacher != by_default
+    return net.state_dict(), ({"teacher": workload.teacher} if named else {}) | {
         "role": "generator",
+        "guidance": workload.guidance,
         "dataset": workload.dataset,
         "kwargs": json.dumps(net.config if workload.latent else net.kwargs),
         "teacher_sha256": record["sha256"],
@@ -126,17 +128,18 @@ def generator_file(
     }
 
 
-def load_generator(path: Path) -> tuple[OneStepGenerator, dict[str, str]]:
+def load_generator(path: Path) -> tuple[OneStepGenerator, dict]:
     """Load G_theta and its metadata (dataset, step, ...) from a run's generator.safetensors, other
     people's EDM checkpoints (the shape of the images tells the dataset), or UNets of Stable
     Diffusion v1.x under diffusers' names."""
-    if is_sd_unet(path):
+    if latent := is_sd_unet(path):
         from sd_loader import SDDenoiser, load_network
 
-        metadata = read_header(path)[1] if file_format(path) == "safetensors" else {}
-        # None: the config.json beside it, or else SD v1.5's.
-        config = json.loads(metadata.get("kwargs", "null"))
-        mu = SDDenoiser(load_network("unet", path, config).requires_grad_(False))
+        with one_line_errors(path):
+            metadata = read_header(path)[1] if file_format(path) == "safetensors" else {}
+            # None: the config.json beside it, or else SD v1.5's.
+            config = json.loads(metadata.get("kwargs", "null"))
+        net = load_network("unet", path, config).requires_grad_(False)
         metadata = {"role": "generator", "dataset": "sd15"} | metadata
     else:
         net = load_edm(path, ARCHITECTURES)
@@ -145,8 +148,14 @@ def load_generator(path: Path) -> tuple[OneStepGenerator, dict[str, str]]:
             images, rows = images_of(net.kwargs), WORKLOADS.items()
             fitting = (n for n, row in rows if row.network and images_of(row.network) == images)
             metadata = {"role": "generator", "dataset": next(fitting, "edm")} | metadata
-        mu = EDMDenoiser(net, metadata.get("sigma", SIGMA_MAX))
-    if metadata.get("role") != "generator" or metadata.get("dataset") not in WORKLOADS:
+    with one_line_errors(path):
+        for name, value in metadata.items():
+            number = name in ("guidance", "sigma")
+            if not (0 < value < 1e6 if number else value.isprintable()):
+                raise UserError(f"its {name} cannot be {value!r}; make it again")
+    mu = SDDenoiser(net) if latent else EDMDenoiser(net, metadata.get("sigma", SIGMA_MAX))
+    possible = [name for name, row in WORKLOADS.items() if row.latent == latent]
+    if metadata.get("role") != "generator" or metadata.get("dataset") not in possible:
         raise UserError(f"{path} is not a one-step generator; use a run's generator.safetensors")
     return OneStepGenerator(mu).eval(), metadata
 
@@ -160,13 +169,31 @@ def is_sd_unet(path: Path) -> bool:
         return "down_blocks.0.resnets.0.conv1.weight" in names
 
 
-def check_teaches(teacher: Teacher, metadata: dict, path: Path) -> None:
-    """Raise UserError if a generator's metadata name a teacher other than this one."""
-    if metadata.get("teacher_sha256", teacher.record["sha256"]) != teacher.record["sha256"]:
-        raise UserError(
-            f"{path} was distilled from another teacher than {teacher.record['name']}; "
-            "give its file with --teacher-weights"
-        )
+def workload_of(metadata: dict, with_teacher: bool, **given) -> Workload:
+    """A generator's workload with the given values that are not None. The teacher and the guidance
+    in the metadata are defaults, but `edm` does without the teacher's file unless it is loaded."""
+    if with_teacher or metadata["dataset"] != "edm":
+        for name in ("teacher", "guidance"):
+            given[name] = given[name] or metadata.get(name)
+    return get_workload(metadata["dataset"], **given)
+
+
+def origin(path: Path, metadata: dict, workload: Workload, record: dict, chosen: bool) -> str:
+    """A generator's file and step, as printed, and whose text encoder and decoder sd15 uses.
+    Another teacher than the generator's, by the hash of `record` ({}: none is loaded) or without a
+    UNet by its name, is a UserError or, if the user has `chosen` it, printed."""
+    name, used = record.get("name"), record.get("sha256")
+    taught = metadata.get("teacher_sha256" if used else "teacher")
+    if name and taught not in (None, used or name):
+        what = f"{path} was distilled from another teacher than {name}: {taught}"
+        if not chosen:
+            raise UserError(f"{what}; give its file with --teacher-weights")
+        say(what)
+    if used and workload.guidance != (learnt := metadata.get("guidance", workload.guidance)):
+        say(f"{path} was distilled with guidance {learnt:g}, not {workload.guidance:g}")
+    other = workload.latent and workload.teacher != WORKLOADS[workload.dataset].teacher
+    parts = f", text encoder and decoder of {workload.teacher}" if other else ""
+    return f"{path} (step {metadata.get('step', '?')}){parts}"
 
 
 def find_generator(given: str | None) -> Path:

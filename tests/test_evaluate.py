@@ -71,7 +71,7 @@ def test_shipped_files_are_small_and_belong_together():
     assert load_generator(MNIST_GENERATOR)[1]["teacher_sha256"] == teacher
 
 
-def test_a_generator_of_another_teacher_is_not_compared(tmp_path):
+def test_a_generator_of_another_teacher_is_not_compared(tmp_path, capsys):
     """The default teacher did not teach it: say so, rather than compare the two."""
     tensors, metadata = read_tensors(MNIST_GENERATOR)
     other = tmp_path / "generator.safetensors"
@@ -86,6 +86,7 @@ def test_a_generator_of_another_teacher_is_not_compared(tmp_path):
     assert not (tmp_path / "x.png").exists()
     given = {**options, "teacher_weights": str(ASSETS / "mnist_teacher.safetensors")}
     assert len(evaluate.load_rows(evaluate.Config(**given), CPU)[1]) == 3
+    assert words in capsys.readouterr().out  # it was the user's choice
     assert len(evaluate.load_rows(evaluate.Config(rows=("student",), **options), CPU)[1]) == 1
 
 
@@ -125,9 +126,9 @@ def cifar(tmp_path_factory):
         weight.copy_(torch.randn_like(weight) * 0.2)  # the last layer starts at zero
     path = tmp_path_factory.mktemp("cifar") / "generator.safetensors"
     metadata = {"role": "generator", "dataset": "cifar10", "kwargs": json.dumps(net.kwargs)}
-    write_tensors(path, net.state_dict(), metadata | {"step": 7})
+    write_tensors(path, net.state_dict(), metadata | {"step": "7"})
     nan = {name: value * torch.nan for name, value in net.state_dict().items()}
-    write_tensors(path.with_name("nan.safetensors"), nan, metadata | {"step": 7})
+    write_tensors(path.with_name("nan.safetensors"), nan, metadata | {"step": "7"})
     unet = {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}
     write_tensors(path.with_name("unet.safetensors"), unet, {})
     sigma = np.eye(fid.FEATURES) * 0.01

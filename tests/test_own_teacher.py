@@ -2,6 +2,7 @@
 --dataset sd15, see test_sd_commands.py.)"""
 
 import json
+from pathlib import Path
 
 import pytest
 import test_fid
@@ -50,7 +51,7 @@ def test_through_every_script(resolution, classes, tmp_path, monkeypatch, fast, 
     assert metadata["dataset"] == "edm" and G.mu.net.image_shape == (3, resolution, resolution)
     sample.main(sample.Config(seeds="0-3", out="x.png", device="cpu"))  # the newest run
     assert Image.open("x.png").width > 4 * resolution
-    beside = {"teacher": True, "teacher_weights": teacher, "steps": 2}
+    beside = {"teacher": True, "steps": 2}  # the one that the generator's file names
     sample.main(sample.Config(seeds="0-3", out="y.png", device="cpu", **beside))
 
     for size, folder in ((resolution, "real"), (9, "other")):
@@ -58,13 +59,19 @@ def test_through_every_script(resolution, classes, tmp_path, monkeypatch, fast, 
             save_grid(tmp_path / folder / f"{k}.png", image[None], columns=1, gap=0)
     figures = {"samples": 4, "batch_size": 2, "device": "cpu"}
     options = {"reference": "real", "rows": ("student", "teacher"), "steps": 2}
-    evaluate.main(evaluate.Config(**figures, **options, teacher_weights=teacher))
+    evaluate.main(evaluate.Config(**figures, **options))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if ": FID " in line] == ["student", "teacher"]
     with pytest.raises(UserError, match=r"\(3, 9, 9\) instead of \(3, "):
         evaluate.main(evaluate.Config(**figures, reference="other"))
     with pytest.raises(UserError, match="give the real images: --reference"):
         evaluate.main(evaluate.Config(**figures))
+
+    (tmp_path / "mine.safetensors").unlink()  # the generator does without it
+    sample.main(sample.Config(seeds="0-3", out="z.png", device="cpu"))
+    assert Path("z.png").read_bytes() == Path("x.png").read_bytes()
+    with pytest.raises(UserError, match=r"mine\.safetensors is not a file"):
+        sample.main(sample.Config(seeds="0-3", out="z.png", device="cpu", **beside))
 
 
 def test_the_numbers_to_start_from(tmp_path, capsys):

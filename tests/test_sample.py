@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import files, run
+from conftest import fails_in_one_line, files, run
 from PIL import Image
 
 import sample
@@ -65,6 +65,25 @@ def test_checkpoints_that_cannot_be_used(tmp_path):
         with pytest.raises(UserError, match=words):
             sample.main(sample.Config(checkpoint=str(tmp_path / path), out=str(tmp_path / "x.png")))
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("change", [
+    {"dataset": ["x"]}, {"dataset": "sd15"}, {"role": None}, {"step": "1\x1b[2J"}, {"step": "1\n2"},
+    {"step": 1}, {"sigma": "nan"}, {"sigma": float("nan")}, {"sigma": 10**400}, {"guidance": -1},
+    {"guidance": "5"}, {"teacher": "a\nb"}, {"kwargs": "[1]"}, {"kwargs": {}}, {"kwargs": "3"},
+])  # fmt: skip
+def test_metadata_are_checked(change, tmp_path, run_here):
+    tensors, metadata = read_tensors(GENERATOR)
+    write_tensors(tmp_path / "G.safetensors", tensors, metadata | change)
+    result = run_here("sample.py", "--checkpoint", tmp_path / "G.safetensors")
+    fails_in_one_line(result, "G.safetensors")
+    assert result.stderr.strip().isprintable()
+
+
+def test_no_path_of_this_copy_gets_into_a_generator(finished_run):
+    """The shipped teacher is the default, and need not be named."""
+    data = (finished_run / "generator.safetensors").read_bytes()
+    assert b"teacher_sha256" in data and str(ASSETS.parent).encode() not in data
 
 
 def test_other_peoples_generators(tmp_path, monkeypatch):

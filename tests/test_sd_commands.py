@@ -29,7 +29,7 @@ import sample
 import train
 from plumbing import rundir
 from plumbing.devices import join_ranks
-from plumbing.files import read_tensors
+from plumbing.files import read_tensors, write_tensors
 from plumbing.options import UserError, run_script
 from plumbing.pairs import Pairs, read_prompts, sample_noise
 from plumbing.rundir import SCALARS
@@ -133,7 +133,7 @@ def test_from_prompts_to_pictures(sd, sd_pairs, sd_run, monkeypatch):
     assert "teacher, 8 evaluations" in lines[0] and "student, 1 evaluation" in lines[0]
     assert lines[-1] == (
         "wrote samples.png: 4 images of sd15 from runs/sd15/generator.safetensors (step 2), "
-        "teacher above student"
+        f"text encoder and decoder of {sd}, teacher above student"
     )
     assert Image.open("samples.png").size == (2 + 2 * 66, 2 + 4 * 66)
 
@@ -334,6 +334,65 @@ def test_one_step_pictures_in_a_folder(sd, sd_run, tmp_path):
     assert not torch.equal(z[:1], sample_noise("pairs", 0, [0], LATENT))
 
 
+@pytest.fixture(scope="module")
+def others(sd, sd_run, tmp_path_factory):
+    """The run's generator as if distilled with guidance 5; its teacher, moved; another teacher."""
+    folder = tmp_path_factory.mktemp("others")
+    tensors, metadata = read_tensors(sd_run / "generator.safetensors")
+    assert metadata["teacher"] == str(sd) and metadata["guidance"] == 3
+    generator = folder / "generator.safetensors"
+    write_tensors(generator, tensors, metadata | {"guidance": 5.0})
+    moved, another = (shutil.copytree(sd, folder / name) for name in ("moved", "another"))
+    weights = another / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    return generator, moved, another
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "said"),
+    [
+        (None, {}, ""), ("moved", {}, "from another teacher than {given}: {sd}"),
+        (None, {"teacher": True}, ""), ("moved", {"teacher": True}, ""),
+        ("another", {"teacher": True}, "from another teacher than {given}: "),
+        (None, {"teacher": True, "guidance": 2.0}, "was distilled with guidance 5, not 2"),
+    ],
+)  # fmt: skip
+def test_a_generator_remembers_its_teacher(sd, others, tmp_path, monkeypatch, given, options, said):
+    """Source and guidance are the defaults, and another choice is printed: by the UNet's hash, or
+    by the name if it is not loaded."""
+    monkeypatch.setattr(sample, "load_teacher", load := Mock(wraps=sample.load_teacher))
+    where = others[0].with_name(given) if given else sd
+    options = {"prompt": "the cat", "device": "cpu", "seeds": "1", "out": tmp_path / "x"} | options
+    options |= {"steps": 2} if "teacher" in options else {}
+    options |= {"teacher_weights": where} if given else {}
+    *lines, last = call(sample, {"checkpoint": others[0], **options}).splitlines()
+    workload = load.call_args[0][0]
+    assert (workload.teacher, workload.guidance) == (str(where), options.get("guidance", 5.0))
+    assert f"text encoder and decoder of {where}" in last
+    notes = [line for line in lines if "distilled" in line]
+    assert len(notes) == bool(said) and all(said.format(given=where, sd=sd) in n for n in notes)
+
+
+def test_the_evaluation_uses_the_remembered_teacher(sd, others, tmp_path):
+    """A teacher that has changed in its place is refused."""
+    options = {"checkpoint": others[0], "captions": sd / "captions.txt", "samples": 2, "steps": 2}
+    options |= {"device": "cpu", "out": tmp_path, "json": tmp_path / "n.json"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "latency", lambda draw: 0)
+        said = call(evaluate, options | {"rows": ["student", "teacher"]})
+    assert f"(step 2), text encoder and decoder of {sd}: " in said and "guidance 5:" in said
+    assert json.loads((tmp_path / "n.json").read_text())["student"]["encoder"] == str(sd)
+    tensors, metadata = read_tensors(others[0])
+    for change, words in (
+        ({"teacher": str(others[2])}, "from another teacher than"), ({"kwargs": "3"}, "damaged"),
+        ({"guidance": [5]}, "damaged"), ({"dataset": "mnist"}, "not a one-step generator"),
+        ({"kwargs": json.dumps(json.loads(metadata["kwargs"]) | {"sample_size": "8"})}, "like 64"),
+    ):  # fmt: skip
+        write_tensors(tmp_path / "other.safetensors", tensors, metadata | change)
+        how = {"checkpoint": tmp_path / "other.safetensors", "rows": ["teacher", "student"]}
+        assert words in call(evaluate, options | how, fails=True)
+
+
 def test_others_unets_can_be_sampled(sd, tmp_path):
     """A .bin under diffusers' names: of SD v1.5's size, or with its config.json beside it."""
     tensors = read_tensors(sd / "unet" / "diffusion_pytorch_model.safetensors")[0]
@@ -415,6 +474,7 @@ def test_two_ranks_draw_what_one_does(pictures, sd, sd_run, tmp_path):
         (make_pairs, {"prompts": "noise.gz"}, "noise.gz cannot be read as UTF-8 text"),
         (make_pairs, {"guidance": 0}, "--guidance must be above 0, not 0.0"),
         (make_pairs, {"steps": 1}, "--steps of sd15 must be 2 to 999, not 1"),
+        (make_pairs, {"steps": 600}, "--steps 600 of sd15 makes PNDM start far below t = 999"),
         (make_pairs, {"dataset": "mnist", "guidance": 3}, "--guidance is for sd15"),
         (make_pairs, {"teacher": "nowhere"}, "nowhere is neither a local folder nor a Hub"),
         (make_pairs, {"teacher": "empty"}, "empty holds none of scheduler/scheduler_config.json"),
