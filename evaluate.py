@@ -134,11 +134,9 @@ def load_rows(config: Config, device: torch.device) -> tuple[Config, list[Row]]:
         raise UserError("a text-to-image model needs captions; give a file of --captions")
     if config.captions and not latent:
         raise UserError(f"--captions is for text-to-image models, not for {path or dataset}")
-    metadata = {"dataset": dataset or "sd15"}
-    if path:
-        G, metadata = load_generator(path)
-        if dataset not in (None, made := metadata["dataset"]):
-            raise UserError(f"{path} makes {made}, not {dataset}; choose another --checkpoint")
+    G, metadata = load_generator(path) if path else (None, {"dataset": dataset or "sd15"})
+    if dataset not in (None, made := metadata["dataset"]):
+        raise UserError(f"{path} makes {made}, not {dataset}; choose another --checkpoint")
     chosen, record = config.teacher_weights, {}
     workload = workload_of(
         metadata, bool({*config.rows} - {"student"}), teacher=chosen, guidance=config.guidance,

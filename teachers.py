@@ -117,7 +117,7 @@ def generator_file(
 ) -> tuple[dict[str, Tensor], dict]:
     """What a run's generator.safetensors holds: tensors under the teacher's names, and metadata."""
     net, by_default = G.mu.net, WORKLOADS[workload.dataset].teacher  # mnist's: a path of this copy
-    named = workload.latent or workload.teacher != by_default
+    named = workload.teacher.isprintable() and (workload.latent or workload.teacher != by_default)
     return net.state_dict(), ({"teacher": workload.teacher} if named else {}) | {
         "role": "generator",
         "guidance": workload.guidance,

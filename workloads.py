@@ -191,9 +191,6 @@ WORKLOADS = {
     for name, row in ROWS.items()
 }
 
-# What --dataset edm takes from cifar10, cifar10-uncond or imagenet64.
-EDM_NUMBERS = ROWS["cifar10-uncond"].keys() - {"network", "teacher", "reference"}
-
 
 def get_workload(dataset: str = "mnist", **changed) -> Workload:
     """A row of the table with some values changed (None: not changed), in all its phases. If
@@ -207,7 +204,8 @@ def get_workload(dataset: str = "mnist", **changed) -> Workload:
         like, numbers = f"{small}'s", ROWS[small]
         if size >= 64:
             like, numbers = f"imagenet64's (lambda_reg: {like})", numbers | ROWS["imagenet64"]
-        row = replace(row, **{name: numbers[name] for name in EDM_NUMBERS & numbers.keys()})
+        of_the_data = ("network", "teacher", "reference")
+        row = replace(row, **{k: v for k, v in numbers.items() if k not in of_the_data})
         say(f"edm: options that are not given are {like}")
     fixed, scale = changed.keys(), 1.0
     if "batch_size" in changed and "batch_size_ref" not in changed:
