@@ -148,7 +148,7 @@ def test_pairs_keep_their_prompts_and_are_guided(sd, sd_pairs, tmp_path, guidanc
         options |= {"guidance": 2.0, "prompts": ASSETS / "prompts.txt"}
         assert "another guidance, prompts;" in call(make_pairs, options, fails=True)
     pairs = Pairs(folder, "sd15")
-    assert pairs.meta["guidance"] == guidance and pairs.prompts == (PROMPTS * 3)[:5]
+    assert pairs.meta["guidance"] == guidance and pairs.prompts(range(5)) == (PROMPTS * 3)[:5]
     tensors, _ = read_tensors(folder / "shard_00001.safetensors")
     assert (tensors["z"].dtype, tensors["y"].dtype) == (torch.float32, torch.float16)
 
@@ -533,11 +533,13 @@ def test_without_network_and_cache_the_missing_file_is_named(sd, tmp_path, monke
 
 
 def test_prompts_that_are_cut_are_reported_once(sd, sd_run, tmp_path, capsys, recwarn):
-    """make_pairs.py reports their number and an example, sample.py each; train.py nothing."""
+    """make_pairs.py reports their number and an example, sample.py each; train.py nothing. Prompts
+    that are used more than once are reported too."""
     prompts = ["cat " * 75 + end for end in ("dog dog", "the dog", "")]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     options = {"prompts": tmp_path / "prompts.txt", "num_pairs": 6, "steps": 2}
-    (said, _) = call(make_pairs, pairs_options(sd, tmp_path / "pairs", **options)).splitlines()
+    few, said, _ = call(make_pairs, pairs_options(sd, tmp_path / "pairs", **options)).splitlines()
+    assert few.startswith("6 pairs share the 3 prompts of ") and "--prompts FILE" in few
     assert said.startswith("2 prompts were too long") and ": 'dog dog'" in said
 
     capsys.readouterr()
