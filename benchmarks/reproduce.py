@@ -44,6 +44,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import evaluate
+from benchmarks.neighbours import neighbours
 from plumbing.devices import Ranks
 from plumbing.digits import (
     ASSETS,
@@ -54,7 +55,6 @@ from plumbing.digits import (
     load_classifier,
     load_mnist,
     measure,
-    neighbours,
 )
 from plumbing.drawing import save_grid
 from plumbing.files import (
@@ -154,6 +154,7 @@ def dependencies() -> dict[str, str]:
     recipe = {k: v for k, v in workload.settings().items() if k != "teacher"}
     recipe |= {"num_pairs": workload.num_pairs, "solver_steps": workload.solver_steps}
     judge = file_hash(ASSETS / CLASSIFIER) + file_hash(ASSETS / STATISTICS)
+    judges = ("plumbing/digits.py", "benchmarks/neighbours.py", "assets/train_classifier.py")
     return {
         "losses": code_hash("dmd_loss.py"),
         "loop": code_hash("train.py", "plumbing/optim.py", "plumbing/pairs.py"),
@@ -161,7 +162,7 @@ def dependencies() -> dict[str, str]:
         "minimal": code_hash("minimal.py"),
         "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
         "teacher": file_hash(Path(workload.teacher)),
-        "judge": judge + code_hash("plumbing/digits.py", "assets/train_classifier.py"),
+        "judge": judge + code_hash(*judges),
         "steps": str(STEPS),
     }
 

@@ -1,7 +1,6 @@
 """How a network learns: learning rate, AdamW, clipping, fp16's loss scale, moving average."""
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -84,11 +83,8 @@ class Learner:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
         self.model = network
         if ranks.count > 1:
-            # Buffers are tables that never change. Older versions of PyTorch have another name.
-            newer = "forward_sync_buffers"
-            known = newer in inspect.signature(DistributedDataParallel).parameters
-            how = {newer if known else "broadcast_buffers": False, "gradient_as_bucket_view": True}
-            self.model = DistributedDataParallel(network, **how)
+            self.model = DistributedDataParallel(network, gradient_as_bucket_view=True)
+            self.model.broadcast_buffers = False  # they are tables that never change
             for name, table in network.named_buffers(recurse=False):
                 setattr(self.model, name, table)  # a denoiser's noise table
 

@@ -14,6 +14,7 @@ import torch
 
 import evaluate
 import sample
+from benchmarks.neighbours import neighbours
 from edm_unet import EDMPrecond, heun_sample
 from plumbing import digits, fid
 from plumbing.files import read_tensors, write_tensors
@@ -37,12 +38,12 @@ def test_neighbours():
     """To the first neighbour, on a line; then of one distribution, in several parts."""
     real = torch.tensor([[0.0], [1.0], [2.0], [10.0]])  # balls reach 1, 1, 1, 8
     generated = torch.tensor([[1.5], [2.5], [3.25], [30.0], [30.5]])  # 1, 0.75, 0.75, 0.5, 0.5
-    found = digits.neighbours(real, generated, k=1)
+    found = neighbours(real, generated, k=1)
     # 1.5 and 2.5 lie in the balls of 1 and 2, 3.25 in that of 10; 30 and 30.5 in none.
     assert found["precision"] == 3 / 5
     assert found["recall"] == 2 / 4  # 1 and 2 lie in the ball of 1.5; 0 and 10 in none
     assert found["coverage"] == 3 / 4  # no generated point is within 1 of 0
-    same = digits.neighbours(*torch.randn(2, 1500, 8, generator=torch.Generator().manual_seed(0)))
+    same = neighbours(*torch.randn(2, 1500, 8, generator=torch.Generator().manual_seed(0)))
     assert same["coverage"] == pytest.approx(1 - 2**-3, abs=0.03)
     assert same["precision"] == pytest.approx(same["recall"], abs=0.05) and same["recall"] > 0.8
 
