@@ -216,6 +216,17 @@ def in_float32(layers: nn.Module, x: Tensor) -> Tensor:
         return functional_call(layers, weights, x.float())
 
 
+@torch.compiler.disable  # or the flag would be set when a network is compiled, not when it runs
+def without_tf32(layer: nn.Module, x: Tensor) -> Tensor:
+    """in_float32, where other convolutions may use TF32. So may the backward pass of this one: TF32
+    rounds as float16 does."""
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        return in_float32(layer, x)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
 class UNet(nn.Module):
     """eps(x_t, t, text): predicts the noise in x_t. For SD v1.5, 859,520,964 parameters:
 
@@ -294,7 +305,7 @@ class UNet(nn.Module):
                 x = self.run(stage.layer, i, x, emb, text, skips.pop())
             x = stage.upsamplers(x)
 
-        return in_float32(self.conv_out, F.silu(self.conv_norm_out(x)))
+        return without_tf32(self.conv_out, F.silu(self.conv_norm_out(x)))
 
     def run(self, layer: Callable, *inputs) -> Tensor:
         """layer(*inputs); with checkpointing, the backward pass recomputes its activations."""

@@ -231,8 +231,7 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
     for network in (G, mu_fake):
         network.to(device=ranks.device, memory_format=torch.channels_last)
     teacher.to(ranks.device, config.amp)
-    # With --amp, LPIPS may use TF32, except for sd15, whose UNet ends in a float32 convolution.
-    torch.backends.cudnn.allow_tf32 = config.amp != "off" and not config.latent
+    torch.backends.cudnn.allow_tf32 = config.amp != "off"  # for LPIPS, which is float32
     how = dict(
         warmup=config.warmup, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         grad_clip=config.grad_clip, fp16=config.amp == "fp16", shard=config.shard_optimizer,

@@ -25,6 +25,7 @@ from sd_loader import (
     pndm_sample,
     sd_noise_table,
     timestep_embedding,
+    without_tf32,
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "sd"
@@ -142,6 +143,35 @@ def test_the_unets_first_and_last_layers_are_in_float32(how, name):
     assert seen["found"].dtype == eps.dtype == torch.float32
     assert relative_error(seen["found"], layers.float()(x)) < 1e-6
     assert relative_error(eps, data["eps"]) < 0.1
+
+
+@torch.library.custom_op("dmd::tf32", mutates_args=())
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    """Whether convolutions may use TF32 when this runs, in a compiled network as well."""
+    return torch.tensor(torch.backends.cudnn.allow_tf32)
+
+
+tf32.register_fake(lambda x: x.new_empty((), dtype=torch.bool))
+
+
+class AsksForTF32(torch.nn.Module):
+    def forward(self, x):
+        return tf32(x)
+
+
+def test_the_unets_last_convolution_alone_does_not_use_tf32(monkeypatch):
+    """After an error as well, the flag is as it was; a compiled network sets it in every call."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    net, data, layer, seen = tiny("unet"), golden("rule_b", "unet"), AsksForTF32(), []
+    for part in (net.conv_in, net.conv_out):
+        part.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    net(data["x"], data["t"], data["context"])
+    assert seen == [True, False] and torch.backends.cudnn.allow_tf32
+    compiled = torch.compile(lambda x: (layer(x), without_tf32(layer, x)), backend="eager")
+    assert [compiled(torch.ones(k)) for k in (1, 2)] == [(True, False)] * 2
+    with pytest.raises(RuntimeError):
+        without_tf32(net.conv_out, torch.ones(2))
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_noise_table():
