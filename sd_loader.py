@@ -683,8 +683,8 @@ def read_weights(part: str, path: Path) -> dict[str, Tensor]:
             for older, newer in OLDER.items():
                 name = name.replace(f".{older}.", f".{newer}.")
             if not name.startswith(NOT_NEEDED):
-                tensors[name] = tensor.float()
-    return tensors
+                tensors[name] = torch.as_tensor(tensor)  # an error if it is none
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 class SDTeacher:

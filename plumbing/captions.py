@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from plumbing.devices import Ranks
 from plumbing.drawing import save_grid
-from plumbing.fid import read_image
-from plumbing.files import atomic_path, one_line_errors
+from plumbing.fid import frechet_distance, list_images, mean_and_covariance, read_image
+from plumbing.files import atomic_path
 from plumbing.options import UserError, one_line
 
 SIZE = 256  # pixels along each side, for both measures
@@ -58,8 +58,7 @@ def draw_missing(
 
 def preview(folder: Path, count: int) -> Path:
     """Save a grid of the first 25 pictures beside their folder -> its file."""
-    files = [picture(folder, k) for k in range(min(count, 25))]
-    images = [square(read_image(file).permute(1, 2, 0).numpy()) for file in files]
+    images = [square(picture(folder, k)) for k in range(min(count, 25))]
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
     save_grid(folder.with_suffix(".png"), batch, columns=5)
     return folder.with_suffix(".png")
@@ -71,9 +70,9 @@ def latency(draw: Callable[[], Tensor]) -> float:
     return 1000 * statistics.median(seconds[3:])
 
 
-def square(pixels: np.ndarray) -> np.ndarray:
-    """Cut out the central square and resize it: uint8 (H, W, 3) -> uint8 (256, 256, 3)."""
-    image = Image.fromarray(pixels)
+def square(file: Path) -> np.ndarray:
+    """The central square of an image file, resized -> uint8 (256, 256, 3)."""
+    image = Image.fromarray(read_image(file).permute(1, 2, 0).numpy())
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
@@ -88,16 +87,23 @@ def optional(module: str, package: str) -> ModuleType:
         raise UserError(f"a package is missing: pip install {package} ({error})") from None
 
 
+@torch.no_grad()
 def folder_fid(drawn: Path, real: Path, device: torch.device) -> float:
-    """FID between two folders of images, with the Inception network that clean-fid downloads."""
+    """FID between two folders of images, from clean-fid's features (it downloads its Inception).
+    The distance is ours, because clean-fid's fails with SciPy 1.18."""
     fid = optional("cleanfid.fid", "clean-fid")
     try:
         network = fid.build_feature_extractor("clean", device, use_dataparallel=False)
     except Exception as error:  # whatever a download may raise
         raise UserError(one_line(f"clean-fid cannot load its Inception ({error})")) from None
-    options = {"batch_size": 32, "device": device, "custom_image_tranform": square}
-    with one_line_errors(real):
-        return float(fid.compare_folders(str(drawn), str(real), network, "clean", **options))
+    resize, both = fid.build_resizer("clean"), []
+    for folder in (drawn, real):
+        files, features = list_images(folder), []
+        for start in tqdm(range(0, len(files), 32), desc=f"FID, {folder.name}"):
+            images = [resize(square(file)).transpose(2, 0, 1) for file in files[start : start + 32]]
+            features.append(network(torch.from_numpy(np.stack(images)).to(device)).cpu())
+        both += mean_and_covariance(torch.cat(features))
+    return frechet_distance(*both)
 
 
 def clip_score(drawn: Path, captions: Sequence[str], device: torch.device) -> float:
@@ -107,8 +113,7 @@ def clip_score(drawn: Path, captions: Sequence[str], device: torch.device) -> fl
     model, tokenize = model.eval(), open_clip.get_tokenizer(CLIP[0])
     for start in tqdm(range(0, len(captions), 32), desc="CLIP score"):
         texts = [f"A photo depicts {caption}" for caption in captions[start : start + 32]]
-        files = [picture(drawn, k) for k in range(start, start + len(texts))]
-        squares = [square(read_image(file).permute(1, 2, 0).numpy()) for file in files]
+        squares = [square(picture(drawn, k)) for k in range(start, start + len(texts))]
         images = torch.stack([preprocess(Image.fromarray(each)) for each in squares])
         with torch.inference_mode():
             of_images = model.encode_image(images.to(device))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from plumbing.devices import Ranks
 from plumbing.downloads import download
 from plumbing.files import one_line_errors, torch_load
-from plumbing.options import UserError
+from plumbing.options import UserError, one_line
 
 Statistics = tuple[Tensor, Tensor]  # mean (D,) and covariance (D, D), float64
 
@@ -65,9 +65,12 @@ def inception(device: torch.device | str) -> nn.Module:
         # The constructor loads with weights_only=False, which runs whatever a file says. So check
         # first that this file holds nothing but tensors.
         torch_load(path)
+    try:
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=str(path)
-        )  # strict: missing, surplus and misshapen tensors are a RuntimeError
+        )
+    except RuntimeError as error:  # missing, surplus or misshapen tensors
+        raise UserError(one_line(f"{path} is another network's; delete it ({error})")) from None
     return network.eval().requires_grad_(False).to(device)
 
 

@@ -13,8 +13,15 @@ from PIL import Image
 from plumbing import captions
 from plumbing.devices import Ranks
 from plumbing.fid import frechet_distance, mean_and_covariance
+from plumbing.options import UserError
 
 CPU = torch.device("cpu")
+
+
+def saved(folder: Path, pixels: np.ndarray) -> Path:
+    """uint8 (H, W, 3) -> its file."""
+    Image.fromarray(pixels).save(folder / "image.png")
+    return folder / "image.png"
 
 
 def constant(folder: Path, colours) -> Path:
@@ -25,16 +32,15 @@ def constant(folder: Path, colours) -> Path:
     return folder
 
 
-def test_the_central_square_by_lanczos_filter():
+def test_the_central_square_by_lanczos_filter(tmp_path):
     """A ramp along the longer side becomes a ramp of half the slope; what is outside the central
     square leaves no trace."""
     pixels = np.full((512, 812, 3), 255, np.uint8)
     pixels[:, 150:662] = (np.arange(512) / 2).astype(np.uint8)[None, :, None]
-    found = captions.square(pixels)
+    found, tall = (captions.square(saved(tmp_path, x)) for x in (pixels, pixels.swapaxes(0, 1)))
     assert found.shape == (256, 256, 3) and found.dtype == np.uint8
     expected = np.arange(256) + 0.0  # the mean of (2j) / 2 and (2j + 1) / 2, rounded down before
     assert np.abs(found.astype(float) - expected[None, :, None]).max() <= 1
-    tall = captions.square(pixels.transpose(1, 0, 2))
     assert np.array_equal(tall, found.transpose(1, 0, 2))
 
 
@@ -70,15 +76,31 @@ def test_latency_is_the_median_of_fifty(monkeypatch):
     assert captions.latency(lambda: torch.ones((), dtype=int)) == pytest.approx(24.5)
 
 
-def test_fid_of_two_folders_is_clean_fids(tmp_path, monkeypatch):
-    """On images of one colour each, with the colours as features: their Frechet distance."""
-    fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is an optional package")
-    monkeypatch.setattr(fid, "build_feature_extractor", lambda *_, **__: lambda x: x.mean((2, 3)))
-    colours = np.random.default_rng(0).integers(0, 256, (2, 12, 3))
+@pytest.mark.parametrize("package", ["stand-in", "clean-fid"])
+def test_fid_of_two_folders(tmp_path, monkeypatch, package):
+    """On images of one colour each, with the colours as features: their Frechet distance. A file
+    that is no image is named."""
+    if package == "stand-in":  # what clean-fid 0.1 has, but its distance, which no SciPy suits
+        resize = {"clean": lambda pixels: pixels.astype(np.float32)}
+        fid = SimpleNamespace(build_resizer=resize.get, compare_folders=None)
+        monkeypatch.setitem(sys.modules, "cleanfid.fid", fid)
+    else:
+        fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is an optional package")
+
+    def build(mode, device, use_dataparallel):
+        assert (mode, device, use_dataparallel) == ("clean", CPU, False)
+        return lambda x: x.mean((2, 3))
+
+    monkeypatch.setattr(fid, "build_feature_extractor", build, raising=False)
+    colours = np.random.default_rng(0).integers(0, 256, (2, 40, 3))
     folders = [constant(tmp_path / name, each) for name, each in zip("ab", colours, strict=True)]
     one, two = (mean_and_covariance(torch.from_numpy(each)) for each in colours)
     found = captions.folder_fid(*folders, CPU)
     assert found == pytest.approx(frechet_distance(*one, *two), rel=1e-4)
+    bad = captions.picture(tmp_path / "b", 3)
+    bad.write_bytes(bad.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"b/000003\.png is damaged"):
+        captions.folder_fid(*folders, CPU)
 
 
 def test_clip_score_is_the_mean_cosine(tmp_path, monkeypatch):

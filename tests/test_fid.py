@@ -180,6 +180,14 @@ def test_weights_that_are_refused(random_weights, tmp_path, monkeypatch):
     fails("damaged")
 
 
+def test_an_error_in_building_the_network_is_not_its_files(random_weights, monkeypatch):
+    """Such as that of a torch-fidelity with other arguments."""
+    name = "torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3"
+    monkeypatch.setattr(name, Mock(side_effect=TypeError("unexpected keyword argument")))
+    with pytest.raises(TypeError):
+        fid.inception("cpu")
+
+
 def features_of(count, seed):
     """Features far from zero, as Inception's are, so that cancellation matters."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@ import shutil
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import numpy as np
@@ -493,6 +494,14 @@ def test_damaged_or_dangerous_files_are_refused(tmp_path, content, capsys):
     with pytest.raises(UserError, match=r"unet.bin is (damaged|refused)") as caught:
         load_network("unet", path, config=CONFIGS["unet"])
     assert "\n" not in str(caught.value) and "executed" not in capsys.readouterr().out
+
+
+def test_an_error_in_converting_weights_is_not_their_files(tmp_path, monkeypatch):
+    """Such as full memory: the file is whole."""
+    save_file(released("unet"), tmp_path / "unet.safetensors")
+    monkeypatch.setattr(torch.Tensor, "float", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        load_network("unet", tmp_path / "unet.safetensors", config=CONFIGS["unet"])
 
 
 def test_what_a_config_lacks_is_as_in_sd15(sd_folder):
