@@ -66,7 +66,9 @@ def dm_gradient(
     """Eq. 7 without dG/dtheta: the gradient of the KL divergence w.r.t. each generated sample.
 
     Both scores contain x_t, which cancels. The result is w_t alpha_t^2 / sigma_t^2 times the
-    difference mu_fake - mu_real.
+    difference mu_fake - mu_real. In float32 the cancellation costs digits: at EDM's t = 979 the
+    relative error is 4e-4 if the predictions differ by 1e-2, and 4e-3 if they differ by 1e-3. That
+    is far less than a bfloat16 network's own error.
 
     Args:
         x, x_t: generated samples before and after diffusion (Eq. 3), (B, C, H, W) each.

@@ -110,6 +110,18 @@ def test_weightings_in_terms_of_the_predictions(table):
         torch.testing.assert_close(expected["eq8"], expected["alg2"])
 
 
+@pytest.mark.parametrize(("difference", "expected"), [(1e-2, 4e-4), (1e-3, 4e-3)])
+def test_what_the_cancellation_costs_in_float32(difference, expected):
+    """The figures in dm_gradient's docstring."""
+    alpha_t, sigma_t = (values[979].float().reshape(1, 1, 1, 1) for values in TABLES["edm"])
+    x, noise, mu_real, change = torch.randn(4, 8, 3, 32, 32)
+    x_t = dmd_loss.forward_diffusion(x, noise, alpha_t, sigma_t)
+    given = (x, x_t, mu_real, mu_real + difference * change, alpha_t, sigma_t)
+    exact = dmd_loss.dm_gradient(*(value.double() for value in given))
+    error = (dmd_loss.dm_gradient(*given) - exact).norm() / exact.norm()
+    assert error.item() == pytest.approx(expected, rel=0.15)
+
+
 def test_surrogate_gradient_is_algorithm_2s():
     """d loss / d x = (p_fake - p_real) / mean|x - p_real| / (B C H W), at the given t and noise."""
     x = torch.randn(6, 2, 4, 4, requires_grad=True)
