@@ -45,7 +45,7 @@ class Config(Options):
     architecture: str = option(
         "convolutions", "another one makes an independent judge", ("convolutions", "lenet")
     )
-    seed: int = option(0, "seed of everything random", least=0)
+    seed: int = option(0, "seed of everything random", least=0, below=2**64)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
 
 

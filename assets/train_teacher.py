@@ -60,7 +60,7 @@ class Config(Options):
     p_mean: float = option(0.2, "training noise levels: mean of ln sigma")
     p_std: float = option(1.1, "training noise levels: standard deviation of ln sigma", above=0)
     save_every: int = option(1000, "steps between checkpoints (and pictures)", least=1, free=True)
-    seed: int = option(0, "seed of everything random", least=0)
+    seed: int = option(0, "seed of everything random", least=0, below=2**64)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", free=True)
 
 

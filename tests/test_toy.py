@@ -54,9 +54,10 @@ def test_figure_3s_claims(one_thread):
 def test_by_command(run_here, tmp_path):
     out = tmp_path / "figure3.png"
     film = tmp_path / "figure3.gif"
-    result = run("toy_2d.py", "--steps", 2, "--out", out, "--film", film)
+    result = run("toy_2d.py", "--steps", 2, "--seed", 2**63 - 1, "--out", out, "--film", film)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-2:] == [f"wrote {film}", f"wrote {out}"]
     assert Image.open(out).width > 800
     assert Image.open(film).n_frames == 3  # before each of two steps, and at the end
-    fails_in_one_line(run_here("toy_2d.py", "--max-step", 0, "--out", out), "--max-step")
+    for flag, value in (("--max-step", 0), ("--seed", 2**63), ("--seed", 2**64), ("--seed", -1)):
+        fails_in_one_line(run_here("toy_2d.py", flag, value, "--out", out), flag)

@@ -15,6 +15,8 @@ from plumbing.options import UserError
 from teachers import load_teacher
 from workloads import WORKLOADS, get_workload
 
+LAST = 2**64 - 1  # the largest seed
+
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_pictures():
@@ -41,8 +43,8 @@ def data(tmp_path_factory):
 
 
 def config(data, out, **options):
-    options = {"steps": 2, "batch_size": 4, "save_every": 1, "device": "cpu", **options}
-    return train_teacher.Config(data=str(data), out=str(out), **options)
+    quick = {"steps": 2, "batch_size": 4, "save_every": 1, "device": "cpu", "seed": LAST}
+    return train_teacher.Config(data=str(data), out=str(out), **quick | options)
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +98,17 @@ def test_mistakes(straight, data, tmp_path):
         train_teacher.main(config(data, tmp_path))
 
 
+@pytest.mark.parametrize("script", [train_teacher, train_classifier])
+@pytest.mark.parametrize(("seed", "word"), [(-1, "at least 0"), (LAST + 1, f"below {LAST + 1}")])
+def test_seeds_that_are_refused(script, seed, word):
+    with pytest.raises(UserError, match=f"^--seed must be {word}, not {seed}$"):
+        script.Config(seed=seed)
+
+
 @pytest.mark.parametrize("architecture", ["convolutions", "lenet"])
 def test_a_judge_is_a_folder_of_two_files(architecture, data, tmp_path):
     """It is read as what it is, and finds the images that it was measured with at no distance."""
-    how = {"data": str(data), "device": "cpu", "epochs": 1, "batch_size": 4}
+    how = {"data": str(data), "device": "cpu", "epochs": 1, "batch_size": 4, "seed": LAST}
     options = {**how, "out": str(tmp_path), "architecture": architecture}
     train_classifier.main(train_classifier.Config(**options))
     images, labels = digits.load_mnist(str(data), train=False)
