@@ -103,13 +103,14 @@ def load_lpips(device: torch.device) -> Callable:
     from lpips import LPIPS  # here: slow to import, and L2 needs none of it
 
     try:
-        return LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
+        network = LPIPS(net="vgg", verbose=False)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
             f"LPIPS needs VGG-16's weights ({one_line(error)}): put "
             "https://download.pytorch.org/models/vgg16-397923af.pth into "
             f"{torch.hub.get_dir()}/checkpoints, or use --distance l2"
         ) from None
+    return network.eval().requires_grad_(False).to(device)
 
 
 def generator_file(

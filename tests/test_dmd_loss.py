@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import lpips
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import dmd_loss
 from edm_unet import karras_sigmas
 from sd_loader import sd_noise_table
+from teachers import load_lpips
 
 TABLES = {
     "edm": (torch.ones(1000, dtype=torch.float64), karras_sigmas(1000)),
@@ -284,3 +286,29 @@ def test_lpips_sees_large_images_as_they_are():
     x, y = images = torch.randn(2, 1, 3, 8, 2)
     seen = dmd_loss.lpips_distance(lambda *given: torch.stack(given), x, y, size=4)
     assert torch.equal(seen, images)
+
+
+@pytest.mark.parametrize("layer", range(5))
+def test_lpips_has_a_finite_gradient_where_its_features_are_0(monkeypatch, layer):
+    """The package divides by the root of 0 there, whose gradient is NaN, but the ReLU below such a
+    feature lets no gradient through."""
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)  # VGG's, unused
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda weight, *_: weight)  # the same
+    monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
+    network, features = load_lpips(torch.device("cpu")), []
+    slices = list(network.net.children())
+    slices[layer][-2].bias.fill_(-1e3)  # of the last convolution before the features
+    slices[layer].register_forward_hook(lambda *given: features.append(given[2]))
+    x, y = torch.randn(2, 1, 3, 32, 32)
+    (gradient,) = torch.autograd.grad(network(x.requires_grad_(), y).sum(), x)
+    assert not features[0].any() and gradient.isfinite().all() and gradient.any() == (layer > 0)
+
+
+def test_a_full_gpu_is_not_blamed_on_lpips_weights(monkeypatch):
+    class TooLarge(torch.nn.Module):
+        def to(self, device):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lpips, "LPIPS", lambda **_: TooLarge())
+    with pytest.raises(torch.OutOfMemoryError):
+        load_lpips(torch.device("cuda"))
