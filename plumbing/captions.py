@@ -50,9 +50,9 @@ def draw_missing(
         numbers = mine[start : start + batch_size]
         for k, image in zip(numbers, draw(numbers), strict=True):
             # Rounded down, as in the authors' code for DMD2 (EDM's code rounds to nearest).
-            pixels = ((image.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+            pixels = ((image.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).cpu()
             with atomic_path(picture(folder, k)) as temporary:
-                Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG")
+                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, "PNG")
     ranks.barrier()
 
 

@@ -53,8 +53,8 @@ def test_pictures_are_rounded_down_shared_and_not_drawn_twice(tmp_path, monkeypa
         values = torch.tensor([(300 if k == 6 else k) + 0.9 for k in numbers])  # of 255
         return (values / 127.5 - 1).reshape(-1, 1, 1, 1).expand(-1, 3, 4, 5)
 
-    one, two = tmp_path / "one", tmp_path / "two"
-    captions.draw_missing(one, 7, draw, 2, Ranks(0, 1, CPU))
+    one, two, alone = tmp_path / "one", tmp_path / "two", Ranks(0, 1, CPU)
+    captions.draw_missing(one, 7, draw, 2, alone)
     assert drawn == list(range(7))
     for k, pixel in enumerate([0, 1, 2, 3, 4, 5, 255]):
         assert (np.asarray(Image.open(captions.picture(one, k))) == pixel).all()
@@ -62,10 +62,12 @@ def test_pictures_are_rounded_down_shared_and_not_drawn_twice(tmp_path, monkeypa
     for rank in range(2):  # one after the other, so the second sees the first one's
         captions.draw_missing(two, 7, draw, 2, Ranks(rank, 2, CPU))
     assert len(set(drawn)) == len(drawn) and set(drawn) < set(range(7))
-    captions.draw_missing(two, 7, draw, 2, Ranks(0, 1, CPU))
+    captions.draw_missing(two, 7, draw, 2, alone)
     assert sorted(drawn) == list(range(7))
     for k in range(7):
         assert captions.picture(one, k).read_bytes() == captions.picture(two, k).read_bytes()
+    with pytest.raises(NotImplementedError, match="meta"):  # what a GPU says is no full disk
+        captions.draw_missing(tmp_path, 1, lambda _: torch.empty(1, 3, 4, 5).to("meta"), 1, alone)
 
 
 def test_latency_is_the_median_of_fifty(monkeypatch):
