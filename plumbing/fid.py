@@ -62,9 +62,7 @@ def inception(device: torch.device | str) -> nn.Module:
     if not path.exists():
         download(INCEPTION_URL, path, INCEPTION_HASH)
     with one_line_errors(path):
-        # The constructor loads with weights_only=False, which runs whatever a file says. So check
-        # first that this file holds nothing but tensors.
-        torch_load(path)
+        torch_load(path)  # only tensors? The constructor would run whatever the file says
     try:
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=str(path)
