@@ -100,10 +100,12 @@ def images_of(network: dict) -> str:
 
 def load_lpips(device: torch.device) -> Callable:
     """The frozen network for dmd_loss.lpips_distance."""
-    from lpips import LPIPS  # here: slow to import, and L2 needs none of it
+    import lpips  # here: slow to import, and L2 needs none of it
 
+    # The package has eps outside the root, whose gradient is infinite where features are 0.
+    lpips.normalize_tensor = lambda x: x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt()
     try:
-        network = LPIPS(net="vgg", verbose=False)
+        network = lpips.LPIPS(net="vgg", verbose=False)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
             f"LPIPS needs VGG-16's weights ({one_line(error)}): put "

@@ -232,6 +232,7 @@ def prepare(config: Workload, ranks: Ranks) -> Run:
         network.to(device=ranks.device, memory_format=torch.channels_last)
     teacher.to(ranks.device, config.amp)
     torch.backends.cudnn.allow_tf32 = config.amp != "off"  # for LPIPS, which is float32
+    torch.backends.cudnn.benchmark = True  # shapes stay the same: find the fastest algorithm once
     how = dict(
         warmup=config.warmup, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         grad_clip=config.grad_clip, fp16=config.amp == "fp16", shard=config.shard_optimizer,
