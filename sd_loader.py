@@ -220,11 +220,8 @@ def in_float32(layers: nn.Module, x: Tensor) -> Tensor:
 def without_tf32(layer: nn.Module, x: Tensor) -> Tensor:
     """in_float32, where other convolutions may use TF32. So may the backward pass of this one: TF32
     rounds as float16 does."""
-    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return in_float32(layer, x)
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
 
 
 class UNet(nn.Module):

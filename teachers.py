@@ -30,7 +30,7 @@ from plumbing.downloads import fetch
 from plumbing.edm_files import file_format, load_edm
 from plumbing.files import file_hash, one_line_errors, read_header, torch_load
 from plumbing.options import UserError, one_line
-from workloads import ASSETS, WORKLOADS, Workload, get_workload, say
+from workloads import ASSETS, WORKLOADS, Workload, get_workload
 
 # The networks that a bare state dict may hold. Its names and shapes tell which.
 ARCHITECTURES = [row.network for row in WORKLOADS.values() if row.network and not row.latent]
@@ -182,21 +182,20 @@ def workload_of(metadata: dict, with_teacher: bool, **given) -> Workload:
 
 
 def origin(path: Path, metadata: dict, workload: Workload, record: dict, chosen: bool) -> str:
-    """A generator's file and step, as printed, and whose text encoder and decoder sd15 uses.
-    Another teacher than the generator's, by the hash of `record` ({}: none is loaded) or without a
-    UNet by its name, is a UserError or, if the user has `chosen` it, printed."""
+    """A generator's file and step, as printed. A teacher that is loaded (`record`, else {}) must be
+    the generator's or, if the user has `chosen` it, is named. The hash of its network tells or, if
+    only sd15's text encoder and decoder are loaded, its name."""
     name, used = record.get("name"), record.get("sha256")
     taught = metadata.get("teacher_sha256" if used else "teacher")
+    text = f"{path} (step {metadata.get('step', '?')})"
+    if workload.latent and workload.teacher != WORKLOADS[workload.dataset].teacher:
+        text += f", text encoder and decoder of {workload.teacher}"
     if name and taught not in (None, used or name):
-        what = f"{path} was distilled from another teacher than {name}: {taught}"
+        what = f"distilled from another teacher than {name}: {taught}"
         if not chosen:
-            raise UserError(f"{what}; give its file with --teacher-weights")
-        say(what)
-    if used and workload.guidance != (learnt := metadata.get("guidance", workload.guidance)):
-        say(f"{path} was distilled with guidance {learnt:g}, not {workload.guidance:g}")
-    other = workload.latent and workload.teacher != WORKLOADS[workload.dataset].teacher
-    parts = f", text encoder and decoder of {workload.teacher}" if other else ""
-    return f"{path} (step {metadata.get('step', '?')}){parts}"
+            raise UserError(f"{path} was {what}; give its file with --teacher-weights")
+        text += f", {what}"
+    return text
 
 
 def find_generator(given: str | None) -> Path:

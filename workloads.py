@@ -206,7 +206,8 @@ def get_workload(dataset: str = "mnist", **changed) -> Workload:
             like, numbers = f"imagenet64's (lambda_reg: {like})", numbers | ROWS["imagenet64"]
         of_the_data = ("network", "teacher", "reference")
         row = replace(row, **{k: v for k, v in numbers.items() if k not in of_the_data})
-        say(f"edm: options that are not given are {like}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"edm: options that are not given are {like}")
     fixed, scale = changed.keys(), 1.0
     if "batch_size" in changed and "batch_size_ref" not in changed:
         fixed, scale = fixed - {"batch_size"}, changed["batch_size"] / row.batch_size
@@ -219,9 +220,3 @@ def get_workload(dataset: str = "mnist", **changed) -> Workload:
     phases = tuple((end, rest(values)) for end, values in row.phases)
     changed = rest({"batch_size_ref": row.batch_size_ref}) | changed
     return replace(row, **{"phases": phases, **changed})
-
-
-def say(text: str) -> None:
-    """Print a line, on rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from assets.mnist import load_mnist
 from plumbing.devices import pick_device
 from plumbing.digits import (
     ASSETS,
@@ -26,7 +27,6 @@ from plumbing.digits import (
     MNISTClassifier,
     class_diversity,
     classify,
-    load_mnist,
 )
 from plumbing.fid import mean_and_covariance
 from plumbing.files import write_tensors

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from assets.mnist import load_mnist
 from edm_unet import EDMPrecond, heun_sample
 from plumbing.devices import Ranks, pick_device, to
-from plumbing.digits import load_mnist
 from plumbing.drawing import save_grid
 from plumbing.files import atomic_path, write_csv, write_tensors
 from plumbing.optim import Learner

@@ -44,6 +44,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import evaluate
+from assets.mnist import load_mnist
 from benchmarks.neighbours import neighbours
 from plumbing.devices import Ranks
 from plumbing.digits import (
@@ -53,7 +54,6 @@ from plumbing.digits import (
     class_diversity,
     classify,
     load_classifier,
-    load_mnist,
     measure,
 )
 from plumbing.drawing import save_grid

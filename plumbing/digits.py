@@ -11,7 +11,6 @@ from torch.nn.functional import pdist
 
 from plumbing.fid import frechet_distance, mean_and_covariance
 from plumbing.files import load_strictly, read_tensors
-from plumbing.options import UserError, one_line
 
 ASSETS = Path(__file__).parent.parent / "assets"
 CLASSIFIER, STATISTICS = "mnist_classifier.safetensors", "mnist_statistics.safetensors"
@@ -84,15 +83,3 @@ def measure(
         "diversity": float(diversity),
         "samples": len(images),
     }
-
-
-def load_mnist(folder: str, train: bool) -> tuple[Tensor, Tensor]:
-    """MNIST through torchvision -> images (N, 1, 28, 28) float32 in [-1, 1], labels (N,) long."""
-    from torchvision.datasets import MNIST  # slow to import
-
-    try:
-        data = MNIST(folder, train=train, download=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        text = f"put MNIST's four files into {folder}/MNIST/raw: they cannot be downloaded"
-        raise UserError(one_line(f"{text} ({error})")) from None
-    return data.data[:, None].float() / 127.5 - 1, torch.as_tensor(data.targets)

@@ -145,9 +145,8 @@ def run_script(main: Callable, make: Callable, doc: str, flags: str | None = Non
     except (UserError, torch.OutOfMemoryError) as error:
         said = one_line(error, 2000)  # it may quote a file
         if not isinstance(error, UserError):
-            said = str(error).splitlines()[0]
-            what = "lower --batch-size (train.py: raise --accumulate, which keeps the batch)"
-            said = f"the GPU's memory is full ({said}); {what}"
+            said = f"the GPU's memory is full ({str(error).splitlines()[0]}); lower --batch-size"
+            said += " (train.py: raise --accumulate, which keeps the batch)"
         rank = os.environ.get("RANK", "0")  # torchrun sets it, see devices.py
         print(f"error: {said}" + ("" if rank == "0" else f" (rank {rank})"), file=sys.stderr)
         sys.exit(2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from assets import train_classifier, train_teacher
+from assets.mnist import load_mnist
 from edm_unet import EDMPrecond, heun_sample
 from plumbing import digits
 from plumbing.options import UserError
@@ -111,7 +112,7 @@ def test_a_judge_is_a_folder_of_two_files(architecture, data, tmp_path):
     how = {"data": str(data), "device": "cpu", "epochs": 1, "batch_size": 4, "seed": LAST}
     options = {**how, "out": str(tmp_path), "architecture": architecture}
     train_classifier.main(train_classifier.Config(**options))
-    images, labels = digits.load_mnist(str(data), train=False)
+    images, labels = load_mnist(str(data), train=False)
     found = digits.measure(images, labels, torch.device("cpu"), tmp_path)
     assert found["fd"] == pytest.approx(0, abs=1e-6)
     assert found["diversity"] == pytest.approx(1) and found["samples"] == 20
