@@ -218,8 +218,7 @@ def in_float32(layers: nn.Module, x: Tensor) -> Tensor:
 
 @torch.compiler.disable  # or the flag would be set when a network is compiled, not when it runs
 def without_tf32(layer: nn.Module, x: Tensor) -> Tensor:
-    """in_float32, where other convolutions may use TF32. So may the backward pass of this one: TF32
-    rounds as float16 does."""
+    """in_float32, without TF32, which its backward pass may use: TF32 rounds as float16 does."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return in_float32(layer, x)
 

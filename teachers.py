@@ -182,9 +182,8 @@ def workload_of(metadata: dict, with_teacher: bool, **given) -> Workload:
 
 
 def origin(path: Path, metadata: dict, workload: Workload, record: dict, chosen: bool) -> str:
-    """A generator's file and step, as printed. A teacher that is loaded (`record`, else {}) must be
-    the generator's or, if the user has `chosen` it, is named. The hash of its network tells or, if
-    only sd15's text encoder and decoder are loaded, its name."""
+    """A generator's file and step, as printed. The teacher of `record` ({}: none is loaded) must be
+    the generator's, by its network's hash or else its name. If the user chose it, it is named."""
     name, used = record.get("name"), record.get("sha256")
     taught = metadata.get("teacher_sha256" if used else "teacher")
     text = f"{path} (step {metadata.get('step', '?')})"

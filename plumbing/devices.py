@@ -118,10 +118,6 @@ class Ranks:
         """Whether the flag is set on any rank."""
         return self.sum(torch.tensor(int(flag))).item() > 0  # on the CPU: no wait for the GPU
 
-    def agree(self, number: int) -> bool:
-        """Whether the number is the same on all ranks."""
-        return not self.any(self.sum(torch.tensor(int(number))).item() != number * self.count)
-
 
 @contextlib.contextmanager
 def others_alive() -> Iterator[None]:

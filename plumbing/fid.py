@@ -138,10 +138,8 @@ def read_images(folder: Path, batch_size: int, ranks: Ranks, size: int) -> Itera
         images = {files[k]: read_image(files[k]) for k in share[start : start + batch_size]}
         for path, image in images.items():
             if image.shape != (3, size, size):
-                raise UserError(
-                    f"{path} is {tuple(image.shape)} instead of {(3, size, size)}; resize the "
-                    "images yourself, because FID depends on how it is done"
-                )
+                what = f"{path} is {tuple(image.shape)} instead of {(3, size, size)}"
+                raise UserError(f"{what}; resize it yourself, since FID depends on how it is done")
         yield torch.stack(list(images.values()))
 
 

@@ -44,8 +44,7 @@ class Learner:
         peak, warmup, end: see learning_rate; betas, weight_decay: see AdamW.
         grad_clip: largest L2 norm of the gradient.
         fp16: scale the loss, so that small gradients do not become zero in half precision.
-        shard: each rank updates its share of the parameters, and keeps AdamW's state, twice their
-            size, for that share alone (ZeRO-1). Neither networks nor checkpoints change.
+        shard: each rank updates a share of the parameters and holds its AdamW state (ZeRO-1).
         decay: step -> decay of the moving average of the weights. None: no average.
 
     Attributes:
@@ -77,9 +76,8 @@ class Learner:
         if self.sharded:
             ends = torch.tensor([p.numel() for p in self.parameters]).cumsum(0)
             self.owners = ((ends - 1) * ranks.count // ends[-1]).tolist()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, betas=betas, weight_decay=weight_decay, fused=True
-        )
+        how = dict(betas=betas, weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, **how)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
         self.model = network
         if ranks.count > 1:

@@ -128,10 +128,9 @@ class Pairs:
     def check_teacher(self, teacher: dict[str, str]) -> None:
         """Raise UserError unless the pairs were made by this teacher, {"name", "sha256"}."""
         if self.meta["teacher"].get("sha256") != teacher["sha256"]:
-            raise UserError(
-                f"the pairs in {self.folder} were made with another teacher than "
-                f"{teacher['name']}; choose another --pairs folder or that --teacher"
-            )
+            what = f"the pairs in {self.folder} were made with another teacher than"
+            advice = "choose another --pairs folder or that --teacher"
+            raise UserError(f"{what} {teacher['name']}; {advice}")
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | list[str] | None]:
         """Pairs k of indices -> z_ref, y_ref (R, C, H, W) float32, labels (R,), prompts or None."""

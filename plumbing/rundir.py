@@ -10,6 +10,7 @@
 Every file is written whole or not at all (see files.py).
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -47,7 +48,7 @@ locks: list[int] = []  # open files, whose locks this process holds until it end
 def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...] = ()) -> None:
     """Write `settings`, which decide everything that the folder will hold, to its file `name`.
     Raise UserError if the folder holds files that are not ours or were made with other settings, or
-    if another process works in it. Only settings in `may_grow` may be larger than before."""
+    if another process is working in it. Only settings in `may_grow` may be larger than before."""
     settings = json.loads(json.dumps(settings))
     found = read_json(out / name) if (out / name).exists() else {}
     # A setting that an older file lacks counts as unchanged.
@@ -58,36 +59,29 @@ def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...]
         if held:
             raise UserError(f"{out} holds other files; choose another --out")
     elif not grown and held > {name}:
-        raise UserError(
-            f"the files in {out} were made with another {', '.join(changed)}; "
-            "choose another --out or delete the folder"
-        )
-    lock_folder(out)
-    write_json(out / name, settings)
-
-
-def lock_folder(out: Path) -> None:
-    """Keep other processes out of a folder until this one ends, and delete what killed ones left.
-    On Windows and on file systems without locks, nothing happens."""
-    try:
+        what = f"the files in {out} were made with another {', '.join(changed)}"
+        raise UserError(f"{what}; choose another --out or delete the folder")
+    # Lock the folder until this process ends. Windows and some file systems have no locks; if the
+    # folder cannot be written, write_json says so.
+    with contextlib.suppress(ImportError, OSError):
         import fcntl
 
         out.mkdir(parents=True, exist_ok=True)
         locks.append(os.open(out / ".lock", os.O_RDWR | os.O_CREAT))
-        fcntl.lockf(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        what = f"another process is working in {out}"
-        raise UserError(f"{what}; wait until it ends, or choose another --out") from None
-    except (ImportError, OSError):  # if the folder cannot be written, atomic_path says so
-        return
-    for left in out.rglob(".*.part"):
-        left.unlink()
+        try:
+            fcntl.lockf(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            why = f"another process is working in {out}; wait for it or choose another --out"
+            raise UserError(why) from None
+        for left in out.rglob(".*.part"):  # by killed processes
+            left.unlink()
+    write_json(out / name, settings)
 
 
 def load_checkpoint(out: Path, parts: dict) -> tuple[int, list[dict]]:
     """Restore the state of `parts`, {name: object with load_state_dict}, from checkpoint.pt.
-    Returns the number of steps done and the rows of the log: 0 and [] without a checkpoint. Later
-    pictures, which an earlier checkpoint that was put back leaves behind, are deleted."""
+    Returns the number of steps done and the rows of the log: 0 and [] without a checkpoint. If an
+    earlier checkpoint was put back, later pictures are deleted."""
     path = out / "checkpoint.pt"
     if not path.exists():
         return 0, []
@@ -172,8 +166,7 @@ class Log:
     Args:
         start, steps: the first step of this process and the number of steps of the run.
         rows: those logged before.
-        scalers: those of the networks. If they are enabled (fp16), infinite gradients are accepted,
-            because optim.Learner.step then skips the step.
+        scalers: of the networks; with enabled ones (fp16), Learner.step skips infinite gradients.
     """
 
     def __init__(self, ranks: Ranks, start: int, steps: int, rows: list[dict], scalers: list):
@@ -206,10 +199,8 @@ class Log:
             self.rows.append({"step": step + 1, **row})
         scale = min(scaler.get_scale() for scaler in self.scalers)  # 1 without fp16
         if scale < 1:  # every step that is skipped halves it
-            raise UserError(
-                f"fp16's loss scale is {scale:g} at step {steps[-1] + 1}: gradients stay infinite; "
-                "the last checkpoint is intact; start again with --amp bf16 and another --out"
-            )
+            what = f"fp16's loss scale is {scale:g} at step {steps[-1] + 1}; the last checkpoint is"
+            raise UserError(f"{what} intact; start again with --amp bf16 and another --out")
         self.waiting, self.clock = [], now
         self.bar.set_postfix(row, refresh=False)
         return self.rows

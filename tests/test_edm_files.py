@@ -277,8 +277,9 @@ BEYOND = [
 ]  # fmt: skip
 MALFORMED = [(0, (2, 3), (3,)), (0, (2.0, 3), (3, 1)), (None, (2, 3), (3, 1))]
 LIES = [
-    ({"numel": 1 << 50}, "cannot be read"), ({"count": 1 << 50}, "damaged"), ({"values": b""}, "damaged"),
-    ({"keys": ("1",)}, "damaged"), ({"numel": 7, "count": 7}, "unexpected EOF"),
+    ({"numel": 1 << 50}, "cannot be read"), ({"count": 1 << 50}, "damaged"),
+    ({"values": b""}, "damaged"), ({"keys": ("1",)}, "damaged"),
+    ({"numel": 7, "count": 7}, "unexpected EOF"),
     ({"numel": 5, "count": 5}, "to hold 5 numbers"),
     ({"keys": (), "values": b""}, "to hold 6 numbers"),  # torch leaves them uninitialised
 ]  # fmt: skip
