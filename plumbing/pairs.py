@@ -162,7 +162,7 @@ def open_shard(path: Path, indices: range, seed: int) -> tuple[Any, list[str]]:
         z = file.get_slice("z")[:2]
         if len(z) == 1 and not z.equal(sample_noise("pairs", seed, indices[:1], z.shape[1:])):
             raise UserError("this version of NumPy draws other noise; make the pairs again")
-        return file, read_metadata(file).get("prompts", [])
+        return file, list(map(str, read_metadata(file).get("prompts", [])))
 
 
 def count_pairs(path: Path) -> int:
