@@ -154,7 +154,8 @@ def dependencies() -> dict[str, str]:
     recipe = {k: v for k, v in workload.settings().items() if k != "teacher"}
     recipe |= {"num_pairs": workload.num_pairs, "solver_steps": workload.solver_steps}
     judge = file_hash(ASSETS / CLASSIFIER) + file_hash(ASSETS / STATISTICS)
-    judges = ("plumbing/digits.py", "benchmarks/neighbours.py", "assets/train_classifier.py")
+    judges = ["plumbing/digits.py", "benchmarks/neighbours.py", "assets/mnist.py"]
+    judges.append("assets/train_classifier.py")
     return {
         "losses": code_hash("dmd_loss.py"),
         "loop": code_hash("train.py", "plumbing/optim.py", "plumbing/pairs.py"),
