@@ -58,7 +58,8 @@ def make_shard(
     if teacher.num_classes:
         cond = tensors["cond"] = tensors["index"] % teacher.num_classes
     elif prompts:
-        cond = metadata["prompts"] = [prompts[k % len(prompts)] for k in indices]
+        cond = [prompts[k % len(prompts)] for k in indices]
+        tensors["prompts"] = torch.tensor(list("\n".join(cond).encode()), dtype=torch.uint8)
 
     solutions = []
     for start in range(0, len(indices), config.solver_batch):

@@ -114,9 +114,6 @@ def main(config: Config) -> None:
             print(f"a prompt is too long for the text encoder: {cut_off!r} is cut off")
     where = write_pictures(Path(config.out), bands, seeds, config.columns)
     source += ", teacher above student" if config.teacher else ""
-    if config.teacher and workload.latent:
-        learnt = metadata.get("guidance", workload.guidance)
-        source += f" (guidance {workload.guidance:g} above {learnt:g})"
     print(f"wrote {where}: {len(seeds)} images of {workload.dataset} from {source}")
 
 

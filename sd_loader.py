@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dmd_loss import T
-from plumbing.devices import DTYPES
+from plumbing.devices import DTYPES, to
 from plumbing.downloads import find_on_hub
 from plumbing.files import (
     file_hash,
@@ -581,7 +581,7 @@ class StableDiffusion:
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Prompts -> text states (B, 77, 768), in the text encoder's dtype."""
         device = next(self.text_encoder.parameters()).device
-        return self.text_encoder(self.tokenizer(prompts).to(device))
+        return self.text_encoder(*to(device, self.tokenizer(prompts)))
 
     def decode(self, latents: Tensor, tiny: bool = False) -> Tensor:
         """Latents (B, 4, H, W) -> images (B, 3, 8H, 8W) float32, about [-1, 1], not clamped."""

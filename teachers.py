@@ -17,7 +17,6 @@ load_teacher returns an EDMTeacher or an sd_loader.SDTeacher. Both are used in t
 
 import copy
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,10 +25,11 @@ from torch import Tensor
 
 from dmd_loss import OneStepGenerator
 from edm_unet import SIGMA_MAX, EDMDenoiser, EDMPrecond, heun_sample
+from plumbing.devices import to
 from plumbing.downloads import fetch
 from plumbing.edm_files import file_format, load_edm
 from plumbing.files import file_hash, one_line_errors, read_header, torch_load
-from plumbing.options import UserError, one_line
+from plumbing.options import UserError
 from workloads import ASSETS, WORKLOADS, Workload, get_workload
 
 # The networks that a bare state dict may hold. Its names and shapes tell which.
@@ -55,7 +55,7 @@ class EDMTeacher:
 
     def encode(self, labels: Tensor | None) -> Tensor | None:
         """Labels (B,) long, on the network's device; None for an unconditional network."""
-        return None if labels is None else labels.to(self.mu_real.sigma.device)
+        return to(self.mu_real.sigma.device, labels)[0]
 
     def solve(self, z: Tensor, cond: Tensor | None, steps: int) -> Tensor:
         """Heun's solver, EDM's Algorithm 1: z ~ N(0, I) -> y, (B, C, H, W)."""
@@ -104,14 +104,10 @@ def load_lpips(device: torch.device) -> Callable:
 
     # The package has eps outside the root, whose gradient is infinite where features are 0.
     lpips.normalize_tensor = lambda x: x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt()
-    try:
+    path = Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")
+    url = f"https://download.pytorch.org/models/{path.name}"
+    with one_line_errors(path, f"cannot be loaded; put {url} there, or use --distance l2"):
         network = lpips.LPIPS(net="vgg", verbose=False)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"LPIPS needs VGG-16's weights ({one_line(error)}): put "
-            "https://download.pytorch.org/models/vgg16-397923af.pth into "
-            f"{torch.hub.get_dir()}/checkpoints, or use --distance l2"
-        ) from None
     return network.eval().requires_grad_(False).to(device)
 
 
@@ -187,8 +183,9 @@ def origin(path: Path, metadata: dict, workload: Workload, record: dict, chosen:
     name, used = record.get("name"), record.get("sha256")
     taught = metadata.get("teacher_sha256" if used else "teacher")
     text = f"{path} (step {metadata.get('step', '?')})"
-    if workload.latent and workload.teacher != WORKLOADS[workload.dataset].teacher:
-        text += f", text encoder and decoder of {workload.teacher}"
+    if workload.latent:
+        learnt = metadata.get("guidance", "unknown")
+        text += f", guidance {learnt}, text encoder and decoder of {workload.teacher}"
     if name and taught not in (None, used or name):
         what = f"distilled from another teacher than {name}: {taught}"
         if not chosen:

@@ -158,7 +158,7 @@ def demands(dataset: str, config: Config) -> dict[str, tuple]:
     Host memory: rank 0 needs most. For a parameter, it takes 12 bytes at the start, when teacher, G
     and mu_fake are not on the GPU yet, and again at a save, when the generator is three times in
     memory (twice in newer versions of safetensors). Sharded moments are 16 more. An open shard
-    takes its prompts, which are in its header. Left out are the libraries, the batches (megabytes)
+    takes its prompts, as Python's strings. Left out are the libraries, the batches (megabytes)
     and sd15's text encoder and decoders (below 1 GB, at the start).
 
     SIGTERM: it comes when a step has just begun, and that step is finished first. If the process is
@@ -167,8 +167,7 @@ def demands(dataset: str, config: Config) -> dict[str, tuple]:
     workload, gpus = WORKLOADS[dataset], config.gpus or GPUS[dataset]
     billions = sum(parameter.numel() for parameter in build(dataset).parameters()) / 1e9
     files = math.ceil(workload.num_pairs / workload.shard_size)
-    # A new phase of Table 5 opens its pairs while those of the last one are still there.
-    open_shards = min(files, OPEN_SHARDS) * (2 if workload.phases else 1)
+    open_shards = min(files, OPEN_SHARDS)
     prompts = open_shards * workload.shard_size * PROMPT / 1e9 if workload.latent else 0
     step = config.seconds(*step_flops(workload, forward_flops(dataset))) / gpus
     lost = min(workload.save_minutes, workload.save_every * step / 60)

@@ -13,6 +13,7 @@ import importlib
 import statistics
 import timeit
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -100,8 +101,10 @@ def folder_fid(drawn: Path, real: Path, device: torch.device) -> float:
     for folder in (drawn, real):
         files, features = list_images(folder), []
         for start in tqdm(range(0, len(files), 32), desc=f"FID, {folder.name}"):
-            images = [resize(square(file)).transpose(2, 0, 1) for file in files[start : start + 32]]
-            features.append(network(torch.from_numpy(np.stack(images)).to(device)).cpu())
+            with ThreadPoolExecutor() as pool:
+                images = list(pool.map(lambda f: resize(square(f)), files[start : start + 32]))
+            batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+            features.append(network(batch.to(device)).cpu())
         both += mean_and_covariance(torch.cat(features))
     return frechet_distance(*both)
 

@@ -48,7 +48,7 @@ def to(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
 
     def move(x: Tensor) -> Tensor:
         if device.type == "cuda" and not x.is_cuda:
-            x = x.pin_memory()
+            x = x.contiguous().pin_memory()  # a strided copy would wait
         x = x.to(device, non_blocking=True)
         return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.files import atomic_path, file_hash
+from plumbing.files import atomic_path, file_hash, sweep
 from plumbing.options import UserError, one_line
 
 EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
@@ -64,6 +64,7 @@ def find_on_hub(repo: str, names: Sequence[str]) -> Path:
 def download(url: str, path: Path, sha256: str = "") -> None:
     """Download to `path`. It appears only if the file is as long as the server announced and its
     SHA-256 begins with `sha256` (at most 16 digits)."""
+    sweep(path.parent)
     with atomic_path(path) as part:
         try:
             with urllib.request.urlopen(url, timeout=30) as response, open(part, "w+b") as file:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from plumbing.devices import Ranks
 from plumbing.downloads import download
 from plumbing.files import one_line_errors, torch_load
-from plumbing.options import UserError, one_line
+from plumbing.options import UserError
 
 Statistics = tuple[Tensor, Tensor]  # mean (D,) and covariance (D, D), float64
 
@@ -63,12 +63,12 @@ def inception(device: torch.device | str) -> nn.Module:
         download(INCEPTION_URL, path, INCEPTION_HASH)
     with one_line_errors(path):
         torch_load(path)  # only tensors? The constructor would run whatever the file says
+    how = {"feature_extractor_weights_path": str(path)}
     try:
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=str(path)
-        )
-    except RuntimeError as error:  # missing, surplus or misshapen tensors
-        raise UserError(one_line(f"{path} is another network's; delete it ({error})")) from None
+        network = FeatureExtractorInceptionV3("inception-v3-compat", [str(FEATURES)], **how)
+    except RuntimeError as error:  # other tensors, or no memory
+        with one_line_errors(path, "is another network's; delete it"):
+            raise error
     return network.eval().requires_grad_(False).to(device)
 
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import secrets
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from plumbing.options import UserError, one_line
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds. No other
-    process uses that path. What a killed process leaves there, rundir.claim_folder deletes."""
+    process uses it. See sweep for what a killed process leaves."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +40,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # already renamed, or in a folder that is not ours
             temporary.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Delete the temporary files of killed processes: those to which nobody wrote for an hour."""
+    for left in folder.glob(".*.part"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -78,7 +87,7 @@ def read_json(path: Path) -> dict:
 
 
 # What the machine lacks, in words that torch and safetensors put into errors of their own.
-MACHINE = r"\[Errno|os error|MemoryError|out of memory|Cannot allocate|Too many open|No space left"
+MACHINE = "[Mm]emory|Too many open|No space|Permission|Input/output|Stale|unable to (open|mmap)"
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ class Learner:
     def step(self, step: int) -> Tensor:
         """Clip the gradient and do step k. Returns the gradient's norm before clipping.
 
-        If it is infinite with fp16, the optimizer skips this step and the loss scale is lowered.
+        If it is not finite with fp16, the optimizer skips this step and the loss scale is halved.
         In any other precision the weights become NaN, and rundir.Log ends the run before anything
         is saved.
         """

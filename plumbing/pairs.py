@@ -8,12 +8,11 @@ and the shards `shard_00000.safetensors`, ... of `shard_size` pairs each, with t
                                 when it is needed. (Older folders hold all N.)
     cond (N,) int64             class labels, if the teacher is class-conditional
     index (N,) int64            k of each pair; z is a function of (seed, k) alone
-
-If the teacher is text-conditional, a shard's metadata holds its N prompts.
+    prompts (bytes,) uint8      UTF-8, a prompt a line, if the teacher is text-conditional. (In
+                                older folders they are in the shard's metadata.)
 """
 
 import gzip
-import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +32,7 @@ STREAMS = (
     "pictures", "samples", "evaluation",  # z of the samples of train.py, sample.py, evaluate.py
     "toy", "assets",
 )  # fmt: skip
-OPEN_SHARDS = 1000  # at most, in one process; each is a memory map
+OPEN_SHARDS = 2000  # at most, in one process; each is a memory map
 
 
 def generator(stream: str, seed: int, step: int = 0, row: int = 0) -> np.random.Generator:
@@ -104,11 +103,11 @@ class Pairs:
         meta = read_json(file) if file.exists() else {}
         if "shard_size" not in meta:
             raise UserError(f"no pairs in {folder}; {remedy}")
-        kinds = {"num_pairs": int, "shard_size": int, "guidance": float | int, "teacher": dict}
-        for name, kind in (kinds | {"dataset": str}).items():
-            if not isinstance(meta.get(name), kind) or not meta[name]:
-                raise UserError(f"{file}: {name} cannot be {meta.get(name)!r}; {remedy}")
-        made, made_for = meta["num_pairs"], meta["dataset"]
+        for name, least in {"num_pairs": 1, "shard_size": 1, "seed": 0, "guidance": 0}.items():
+            value, kind = meta.get(name), float | int if name == "guidance" else int
+            if not isinstance(value, kind) or not value >= least:
+                raise UserError(f"{file}: {name} cannot be {value!r}; {remedy}")
+        made, made_for = meta["num_pairs"], meta.get("dataset")
         if made_for != dataset:
             raise UserError(f"{folder} holds pairs of {made_for}, not of {dataset}; {remedy}")
         self.folder, self.meta, self.text = folder, meta, "prompts" in meta
@@ -120,14 +119,15 @@ class Pairs:
         if missing:
             what = f"{missing} of {len(files)} shards are missing in {folder}, or too short"
             raise UserError(f"{what}; {remedy}")
-        self.shard = lru_cache(OPEN_SHARDS)(lambda s: open_shard(*files[s], meta.get("seed", 0)))
+        self.shard = lru_cache(OPEN_SHARDS)(lambda s: open_shard(*files[s], meta["seed"]))
 
     def __len__(self) -> int:
         return self.count
 
     def check_teacher(self, teacher: dict[str, str]) -> None:
         """Raise UserError unless the pairs were made by this teacher, {"name", "sha256"}."""
-        if self.meta["teacher"].get("sha256") != teacher["sha256"]:
+        made_by = self.meta.get("teacher")
+        if not isinstance(made_by, dict) or made_by.get("sha256") != teacher["sha256"]:
             what = f"the pairs in {self.folder} were made with another teacher than"
             advice = "choose another --pairs folder or that --teacher"
             raise UserError(f"{what} {teacher['name']}; {advice}")
@@ -142,7 +142,7 @@ class Pairs:
             return torch.cat(parts or [first.get_slice(name)[:0]])
 
         y = gather("y").float()
-        z, seed = torch.empty_like(y), self.meta.get("seed", 0)
+        z, seed = torch.empty_like(y), self.meta["seed"]
         for row, k, (file, i) in zip(z, indices, rows, strict=True):
             stored = file.get_slice("z")[i : i + 1]
             row[:] = (stored if len(stored) else sample_noise("pairs", seed, [k], row.shape))[0]
@@ -162,7 +162,10 @@ def open_shard(path: Path, indices: range, seed: int) -> tuple[Any, list[str]]:
         z = file.get_slice("z")[:2]
         if len(z) == 1 and not z.equal(sample_noise("pairs", seed, indices[:1], z.shape[1:])):
             raise UserError("this version of NumPy draws other noise; make the pairs again")
-        return file, list(map(str, read_metadata(file).get("prompts", [])))
+        prompts = read_metadata(file).get("prompts", [])
+        if "prompts" in file.keys():
+            prompts = bytes(file.get_tensor("prompts").numpy()).decode().split("\n")
+        return file, prompts
 
 
 def count_pairs(path: Path) -> int:
@@ -179,11 +182,8 @@ def read_prompts(path: Path) -> list[str]:
     Only a newline ends a line. Unicode's other line breaks become spaces.
     """
     opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rb") as file:
-            lines = file.read().decode("utf-8-sig").split("\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text, a prompt a line ({error})") from None
+    with one_line_errors(path, "is no UTF-8 text, a prompt a line"), opened(path, "rb") as file:
+        lines = file.read().decode("utf-8-sig").split("\n")
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompt; give a text file, one prompt a line")

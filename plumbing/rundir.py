@@ -15,6 +15,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -27,17 +28,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from plumbing import files
 from plumbing.devices import Ranks
 from plumbing.drawing import draw_curves, save_grid, write_film
-from plumbing.files import (
-    atomic_path,
-    one_line_errors,
-    read_json,
-    torch_load,
-    write_csv,
-    write_json,
-    write_tensors,
-)
 from plumbing.options import UserError
 
 SCALARS = ["loss_kl", "loss_reg", "loss_denoise", "grad_norm_G", "grad_norm_fake"]
@@ -50,7 +43,7 @@ def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...]
     Raise UserError if the folder holds files that are not ours or were made with other settings, or
     if another process is working in it. Only settings in `may_grow` may be larger than before."""
     settings = json.loads(json.dumps(settings))
-    found = read_json(out / name) if (out / name).exists() else {}
+    found = files.read_json(out / name) if (out / name).exists() else {}
     # A setting that an older file lacks counts as unchanged.
     changed = sorted(k for k in settings if found.get(k, settings[k]) != settings[k])
     grown = all(k in may_grow and settings[k] > found[k] for k in changed)
@@ -73,9 +66,8 @@ def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...]
         except BlockingIOError:
             why = f"another process is working in {out}; wait for it or choose another --out"
             raise UserError(why) from None
-        for left in out.rglob(".*.part"):  # by killed processes
-            left.unlink()
-    write_json(out / name, settings)
+    files.sweep(out)
+    files.write_json(out / name, settings)
 
 
 def load_checkpoint(out: Path, parts: dict) -> tuple[int, list[dict]]:
@@ -85,14 +77,14 @@ def load_checkpoint(out: Path, parts: dict) -> tuple[int, list[dict]]:
     path = out / "checkpoint.pt"
     if not path.exists():
         return 0, []
-    with one_line_errors(path, f"cannot be resumed; delete {out} to start over"):
-        state = torch_load(path)
+    with files.one_line_errors(path, f"cannot be resumed; delete {out} to start over"):
+        state = files.torch_load(path)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         with open(out / "log.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
     for picture in out.glob("samples_*.png"):
-        if picture.stem > f"samples_{state['step']:06d}":
+        if re.fullmatch(r"samples_\d{6,}", picture.stem) and int(picture.stem[8:]) > state["step"]:
             picture.unlink(missing_ok=True)  # another rank may have been faster
     return state["step"], rows
 
@@ -111,13 +103,13 @@ def save_run(
         keep: number of the newest checkpoints and generators that stay. If it is more than 1, they
             are copies named by their step.
     """
-    write_csv(out / "log.csv", rows)
-    torch.serialization.set_crc32_options(False)  # half of the time, and no check when it is mapped
-    with atomic_path(out / "checkpoint.pt") as temporary:
+    files.write_csv(out / "log.csv", rows)
+    torch.serialization.set_crc32_options(False)  # slow, and not read in a file that is mapped
+    with files.atomic_path(out / "checkpoint.pt") as temporary:
         torch.save(state, temporary)
-    write_tensors(out / "generator.safetensors", *generator, format="pt")
+    files.write_tensors(out / "generator.safetensors", *generator, format="pt")
     for path in (out / "checkpoint.pt", out / "generator.safetensors") if keep > 1 else ():
-        with atomic_path(path.with_stem(f"{path.stem}_{step:06d}")) as temporary:
+        with files.atomic_path(path.with_stem(f"{path.stem}_{step:06d}")) as temporary:
             shutil.copyfile(path, temporary)
         # By age, not by step: a run that resumes from an early copy must keep what it writes next.
         copies = sorted(out.glob(f"{path.stem}_[0-9]*{path.suffix}"), key=os.path.getmtime)
@@ -140,7 +132,7 @@ def save_pictures(out: Path, step: int, bands: list[Tensor]) -> None:
 def save_film(out: Path) -> None:
     """Write training.gif: every samples_STEP.png in turn, at most 640 pixels wide or high."""
     frames = []
-    for path in sorted(out.glob("samples_*.png")):
+    for path in sorted(out.glob("samples_[0-9]*.png")):
         with Image.open(path) as picture:
             picture.thumbnail((640, 640))
             frames.append(picture.copy())
@@ -150,8 +142,10 @@ def save_film(out: Path) -> None:
 def save_unet_folder(out: Path, config: dict) -> None:
     """Write unet/ for diffusers' UNet2DConditionModel.from_pretrained: the config under diffusers'
     names, and generator.safetensors as a link or, on a file system without links, as a copy."""
-    write_json(out / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **config})
-    with atomic_path(out / "unet" / "diffusion_pytorch_model.safetensors") as temporary:
+    files.write_json(
+        out / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **config}
+    )
+    with files.atomic_path(out / "unet" / "diffusion_pytorch_model.safetensors") as temporary:
         try:
             temporary.symlink_to(Path("..") / "generator.safetensors")
         except OSError:

@@ -186,6 +186,9 @@ def test_an_error_in_building_the_network_is_not_its_files(random_weights, monke
     monkeypatch.setattr(name, Mock(side_effect=TypeError("unexpected keyword argument")))
     with pytest.raises(TypeError):
         fid.inception("cpu")
+    monkeypatch.setattr(name, Mock(side_effect=RuntimeError("DefaultCPUAllocator: memory")))
+    with pytest.raises(UserError, match="cannot be read"):
+        fid.inception("cpu")
 
 
 def features_of(count, seed):

@@ -13,7 +13,7 @@ from conftest import ROOT, in_forks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from plumbing.devices import autocast, others_alive, pick_amp, pick_device, share
+from plumbing.devices import autocast, others_alive, pick_amp, pick_device, share, to
 from plumbing.drawing import save_grid
 from plumbing.files import atomic_path, read_header, read_tensors, write_bytes, write_tensors
 from plumbing.options import Options, UserError, option, run_script
@@ -33,6 +33,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
     os.umask(umask := os.umask(0))
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_gpu_fetches_batches_while_the_cpu_goes_on(monkeypatch):
+    """From pinned memory, which must be contiguous: CUDA makes a copy of any other, and waits."""
+    pinned, moved = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: (pinned.append(x), x)[1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *device, **how: (moved.append(how), x)[1])
+    whole = torch.randn(2, 3, 1, 4, 5)
+    noise, labels, nothing = to(torch.device("cuda"), whole[:, 1], torch.arange(2), None)
+    assert all(x.is_contiguous() for x in pinned) and len(pinned) == 2 and nothing is None
+    assert moved == [{"non_blocking": True}] * 2
+    assert noise.equal(whole[:, 1]) and labels.tolist() == [0, 1]
+    assert noise.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_two_writers_of_one_file_leave_a_whole_one(tmp_path):
@@ -64,12 +77,17 @@ def test_a_second_process_in_a_folder_is_refused(tmp_path):
 
 
 def test_what_a_killed_write_left_is_deleted(tmp_path):
-    """kill -9 leaves a hidden file, which claim_folder deletes."""
-    (tmp_path / ".file.0a1b2c3d.part").write_bytes(b"half of a much longer file")
+    """kill -9 leaves a hidden file. claim_folder deletes it, unless it may be another process's."""
+    old, new = (tmp_path / f".{name}.0a1b2c3d.part" for name in ("file", "other"))
+    old.write_bytes(b"half of a much longer file")
+    os.utime(old, (0, 0))
     claim_folder(tmp_path, "meta.json", {"a": 1})
     claim_folder(tmp_path, "meta.json", {"a": 2})  # the folder holds nothing made with 1
     write_bytes(tmp_path / "file", b"new")
     assert sorted(os.listdir(tmp_path)) == [".lock", "file", "meta.json"]
+    new.touch()
+    claim_folder(tmp_path, "meta.json", {"a": 2})
+    assert new.exists()
     with pytest.raises(UserError, match="another a;"):
         claim_folder(tmp_path, "meta.json", {"a": 1}, may_grow=("a",))
     (tmp_path / "meta.json").unlink()

@@ -278,9 +278,12 @@ def test_keep_leaves_the_newest_checkpoints_to_go_back_to(small, tmp_path, monke
     shutil.copyfile(out / "checkpoint_000002.pt", out / "checkpoint.pt")
     original, steps = train.training_step, []
     monkeypatch.setattr(train, "training_step", lambda r, k: (steps.append(k), original(r, k))[1])
-    (out / "samples_000009.png").touch()  # of a future that is given up: it is not in the film
+    for name in ("samples_000009.png", "samples_best.png"):  # a future that is given up; the user's
+        (out / name).touch()
     train.main(tiny_config(small, out, steps=3, **options))
-    assert steps == [2] and "samples_000009.png" not in files(out)  # the third
+    assert steps == [2]  # the third
+    assert "samples_000009.png" not in files(out) and "samples_best.png" in files(out)
+    (out / "samples_best.png").unlink()
     same_run(whole, out)
 
 
@@ -404,7 +407,9 @@ def test_lpips_without_its_weights(small, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=URLError("no network")))
     monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)  # takes a second
-    with pytest.raises(UserError, match=r"vgg16-397923af\.pth into .*empty.* or use --distance l2"):
+    with pytest.raises(
+        UserError, match=r"empty.*vgg16-397923af\.pth cannot be .* or use --distance l2"
+    ):
         prepare(small, tmp_path / "run", distance="lpips")
     assert not (tmp_path / "run").exists()
 
@@ -532,6 +537,8 @@ def test_options_out_of_range(option, message):
         ("meta.json", lambda data: data[:20], r"meta\.json is damaged"),
         ("meta.json", lambda data: b"[1]", r"meta\.json is damaged or of another kind"),
         ("meta.json", lambda data: data.replace(b": 20", b': "20"'), "num_pairs cannot be '20';"),
+        ("meta.json", lambda data: data.replace(b'size": 8', b'size": -8'), "shard_size cannot be"),
+        ("meta.json", lambda data: data.replace(b'seed": 0', b'seed": "x"'), "seed cannot be 'x';"),
         (
             "meta.json",
             lambda data: data.replace(b'_size": 8', b'_size": 10'),
