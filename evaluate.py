@@ -137,9 +137,9 @@ def load_rows(config: Config, device: torch.device) -> tuple[Config, list[Row]]:
     G, metadata = load_generator(path) if path else (None, {"dataset": dataset or "sd15"})
     if dataset not in (None, made := metadata["dataset"]):
         raise UserError(f"{path} makes {made}, not {dataset}; choose another --checkpoint")
-    chosen, record = config.teacher_weights, {}
+    given, record = config.teacher_weights, {}
     workload = workload_of(
-        metadata, bool({*config.rows} - {"student"}), teacher=chosen, guidance=config.guidance,
+        metadata, bool({*config.rows} - {"student"}), teacher=given, guidance=config.guidance,
         solver_steps=config.steps, decoder="full",
     )  # fmt: skip
     config = complete(config, workload, device)  # reports mistakes before a teacher is downloaded
@@ -149,7 +149,7 @@ def load_rows(config: Config, device: torch.device) -> tuple[Config, list[Row]]:
         record = teacher.record
     if path:
         G = G.to(device, memory_format=torch.channels_last)
-        source = origin(path, metadata, workload, record, bool(chosen))
+        source = origin(path, metadata, workload, record, bool(given))
         rows["student"] = Row("student", G, 1, source, file_hash(path), G.mu.net)
     if with_teacher:
         source, sha256 = teacher.record["name"], teacher.record["sha256"]

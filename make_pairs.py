@@ -105,8 +105,7 @@ def main(config: Workload) -> None:
     if ranks.rank == 0:
         claim_folder(out, "meta.json", meta, may_grow=("num_pairs",))
         if prompts and config.num_pairs > len(prompts):
-            what = f"{config.num_pairs} pairs share the {len(prompts)} prompts of {config.prompts}"
-            print(f"{what}; --prompts FILE gives others")
+            print(f"{config.num_pairs} pairs share {len(prompts)} prompts; --prompts gives others")
     ranks.barrier()
 
     missing = [(path, k) for path, k in shards(out, meta) if count_pairs(path) < len(k)]

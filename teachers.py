@@ -115,9 +115,10 @@ def generator_file(
     G: OneStepGenerator, workload: Workload, record: dict[str, str], step: int
 ) -> tuple[dict[str, Tensor], dict]:
     """What a run's generator.safetensors holds: tensors under the teacher's names, and metadata."""
-    net, by_default = G.mu.net, WORKLOADS[workload.dataset].teacher  # mnist's: a path of this copy
-    named = workload.teacher.isprintable() and (workload.latent or workload.teacher != by_default)
-    return net.state_dict(), ({"teacher": workload.teacher} if named else {}) | {
+    net, teacher, by_default = G.mu.net, workload.teacher, WORKLOADS[workload.dataset].teacher
+    named = teacher.isprintable() and (workload.latent or teacher != by_default)
+    teacher = str(Path(teacher).resolve()) if Path(teacher).exists() else teacher
+    return net.state_dict(), ({"teacher": teacher} if named else {}) | {
         "role": "generator",
         "guidance": workload.guidance,
         "dataset": workload.dataset,
@@ -169,11 +170,13 @@ def is_sd_unet(path: Path) -> bool:
 
 
 def workload_of(metadata: dict, with_teacher: bool, **given) -> Workload:
-    """A generator's workload with the given values that are not None. The teacher and the guidance
-    in the metadata are defaults, but `edm` does without the teacher's file unless it is loaded."""
-    if with_teacher or metadata["dataset"] != "edm":
+    """A generator's workload with the given values that are not None. If a teacher will be loaded,
+    as always for sd15, the teacher and the guidance in the metadata are defaults."""
+    if with_teacher or WORKLOADS[metadata["dataset"]].latent:
         for name in ("teacher", "guidance"):
             given[name] = given[name] or metadata.get(name)
+        if (file := Path(given["teacher"] or "")).is_absolute() and not file.exists():
+            raise UserError(f"the teacher, {file}, is not there; give --teacher-weights")
     return get_workload(metadata["dataset"], **given)
 
 
@@ -186,7 +189,7 @@ def origin(path: Path, metadata: dict, workload: Workload, record: dict, chosen:
     if workload.latent:
         learnt = metadata.get("guidance", "unknown")
         text += f", guidance {learnt}, text encoder and decoder of {workload.teacher}"
-    if name and taught not in (None, used or name):
+    if name and taught not in (None, used or name, used or str(Path(name).resolve())):
         what = f"distilled from another teacher than {name}: {taught}"
         if not chosen:
             raise UserError(f"{path} was {what}; give its file with --teacher-weights")

@@ -300,7 +300,7 @@ def main(config: Workload) -> None:
     log = Log(ranks, start, config.steps, rows, [run.G.scaler, run.mu_fake.scaler])
     if start == 0 and ranks.rank == 0:
         save_pictures(out, 0, pictures(run))
-    if start == config.steps:
+    if start == config.steps and rows:
         save(run, start, log)  # in case that the last save was killed after its checkpoint
     begins = {start, *(end for end, _ in config.phases)}
     for step in range(start, config.steps):

@@ -66,7 +66,7 @@ def write_inputs(folder: Path, workload: Workload) -> dict[str, str]:
     write_tensors(teacher, net.state_dict(), metadata)
     record = {"name": teacher.name, "sha256": file_hash(teacher)}
     meta = {"dataset": dataset, "teacher": record, "guidance": 1.0}
-    meta |= {"num_pairs": 64, "shard_size": 64}
+    meta |= {"num_pairs": 64, "shard_size": 64, "seed": 0}
     write_json(folder / "pairs" / "meta.json", meta)
     tensors = {name: torch.randn(64, *workload.image_shape) for name in ("z", "y")}
     if classes := workload.network["label_dim"]:

@@ -35,8 +35,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter when the disk is full
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; nothing was changed") from error
+        reason = getattr(error, "strerror", None) or f"is the disk full? ({one_line(error, 200)})"
+        raise UserError(f"cannot write {path}: {reason}; it is left as it was") from error
     finally:
         with contextlib.suppress(OSError):  # already renamed, or in a folder that is not ours
             temporary.unlink()

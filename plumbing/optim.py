@@ -106,8 +106,7 @@ class Learner:
         """Clip the gradient and do step k. Returns the gradient's norm before clipping.
 
         If it is not finite with fp16, the optimizer skips this step and the loss scale is halved.
-        In any other precision the weights become NaN, and rundir.Log ends the run before anything
-        is saved.
+        In any other precision the weights become NaN, and rundir.Log ends the run unsaved.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
@@ -141,12 +140,10 @@ class Learner:
     def gather(self, state: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
         """AdamW's state of this rank's parameters -> that of all, on the CPU of rank 0."""
         whole = {}
-        for i, (parameter, owner) in enumerate(zip(self.parameters, self.owners, strict=True)):
-            zero = torch.zeros_like(parameter)  # as before the first step
-            values = {"step": zero.sum(), "exp_avg": zero, "exp_avg_sq": zero.clone()}
-            for name, value in state.get(i, {}).items():
-                values[name].copy_(value)
-            self.ranks.broadcast(list(values.values()), [owner] * 3)
+        for i, parameter in enumerate(self.parameters):
+            zero = torch.zeros_like(parameter)  # on the ranks that do not own it
+            values = {"step": zero.sum(), "exp_avg": zero, "exp_avg_sq": zero} | state.get(i, {})
+            values = {name: self.ranks.sum(value) for name, value in values.items()}
             if self.ranks.rank == 0:
                 whole[i] = {name: value.cpu() for name, value in values.items()}
         return whole

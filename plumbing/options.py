@@ -142,9 +142,9 @@ def run_script(main: Callable, make: Callable, doc: str, flags: str | None = Non
         main(parse(make, doc, flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except (UserError, torch.OutOfMemoryError) as error:
-        said = one_line(error, 2000)  # it may quote a file
-        if not isinstance(error, UserError):
+    except (UserError, PermissionError, MemoryError, torch.OutOfMemoryError) as error:
+        said = one_line(str(error) or repr(error), 2000)  # it may quote a file
+        if isinstance(error, torch.OutOfMemoryError):
             said = f"the GPU's memory is full ({str(error).splitlines()[0]}); lower --batch-size"
             said += " (train.py: raise --accumulate, which keeps the batch)"
         rank = os.environ.get("RANK", "0")  # torchrun sets it, see devices.py

@@ -8,8 +8,7 @@ and the shards `shard_00000.safetensors`, ... of `shard_size` pairs each, with t
                                 when it is needed. (Older folders hold all N.)
     cond (N,) int64             class labels, if the teacher is class-conditional
     index (N,) int64            k of each pair; z is a function of (seed, k) alone
-    prompts (bytes,) uint8      UTF-8, a prompt a line, if the teacher is text-conditional. (In
-                                older folders they are in the shard's metadata.)
+    prompts (bytes,) uint8      a prompt a line, if there is text (older folders: in the metadata)
 """
 
 import gzip
@@ -172,7 +171,7 @@ def count_pairs(path: Path) -> int:
     """The number of pairs in a shard, 0 if it does not exist."""
     if not path.exists():
         return 0
-    with one_line_errors(path):
+    with one_line_errors(path, "is damaged; delete it and run make_pairs.py again"):
         return safe_open(str(path), framework="pt").get_slice("y").get_shape()[0]
 
 

@@ -1,13 +1,11 @@
 """What a run writes to disk, how it resumes, and how it is interrupted.
 
-    config.json                the settings that decide the result (see claim_folder)
-    log.csv, curves.png        SCALARS of every step
-    samples_STEP.png           pictures; at the end also training.gif, a film of them
-    generator.safetensors      G, with everything needed to build it; for Stable Diffusion also
-                               unet/, a folder that diffusers opens
-    checkpoint.pt              everything needed to resume: only tensors and plain numbers
-
-Every file is written whole or not at all (see files.py).
+config.json                the settings that decide the result (see claim_folder)
+log.csv, curves.png        SCALARS of every step
+samples_STEP.png           pictures; at the end also training.gif, a film of them
+generator.safetensors      G, with everything needed to build it; for Stable Diffusion also
+                           unet/, a folder that diffusers opens
+checkpoint.pt              everything needed to resume: only tensors and plain numbers
 """
 
 import contextlib
@@ -44,18 +42,20 @@ def claim_folder(out: Path, name: str, settings: dict, may_grow: tuple[str, ...]
     if another process is working in it. Only settings in `may_grow` may be larger than before."""
     settings = json.loads(json.dumps(settings))
     found = files.read_json(out / name) if (out / name).exists() else {}
-    # A setting that an older file lacks counts as unchanged.
-    changed = sorted(k for k in settings if found.get(k, settings[k]) != settings[k])
-    grown = all(k in may_grow and settings[k] > found[k] for k in changed)
+    changed = sorted(
+        k
+        for k, new in settings.items()
+        if (old := found.get(k, new)) != new  # one that an older file lacks counts as unchanged
+        and not (k in may_grow and type(old) is type(new) and old < new)
+    )
     held = {path.name for path in out.glob("[!.]*")}  # a killed process leaves hidden files
     if not found.keys() & settings.keys():
         if held:
             raise UserError(f"{out} holds other files; choose another --out")
-    elif not grown and held > {name}:
+    elif changed and held > {name}:
         what = f"the files in {out} were made with another {', '.join(changed)}"
-        raise UserError(f"{what}; choose another --out or delete the folder")
-    # Lock the folder until this process ends. Windows and some file systems have no locks; if the
-    # folder cannot be written, write_json says so.
+        raise UserError(f"{what}; give the same, choose another --out or delete the folder")
+    # Lock the folder until this process ends. (Windows and some file systems have no locks.)
     with contextlib.suppress(ImportError, OSError):
         import fcntl
 
@@ -132,7 +132,7 @@ def save_pictures(out: Path, step: int, bands: list[Tensor]) -> None:
 def save_film(out: Path) -> None:
     """Write training.gif: every samples_STEP.png in turn, at most 640 pixels wide or high."""
     frames = []
-    for path in sorted(out.glob("samples_[0-9]*.png")):
+    for path in sorted(out.glob("samples_[0-9]*.png"), key=lambda p: (len(p.name), p)):
         with Image.open(path) as picture:
             picture.thumbnail((640, 640))
             frames.append(picture.copy())

@@ -117,10 +117,10 @@ def test_large_runs_stay_within_the_usual_limits(monkeypatch):
     sharded = sd15["seconds from SIGTERM to a checkpoint, `--shard-optimizer`"]
     assert sharded == pytest.approx(wait + 0.8595 * 16 / 10, abs=0.01)
 
-    # Two sets of 48,000 open shards each; a slow disk; a small machine.
-    row = replace(WORKLOADS["sd15-guidance8"], shard_size=250)
+    # 120,000 open shards; a slow disk; a small machine.
+    row = replace(WORKLOADS["sd15-guidance8"], shard_size=100)
     with monkeypatch.context() as patch:
-        patch.setattr(cost, "OPEN_SHARDS", 100_000)
+        patch.setattr(cost, "OPEN_SHARDS", 10**6)
         patch.setitem(cost.WORKLOADS, "sd15-guidance8", row)
         assert ("sd15-guidance8", "memory maps of a rank's shards") in beyond(cost.Config())
     assert {name for name, _ in beyond(cost.Config(disk=0.5))} == {"sd15", "sd15-guidance8"}

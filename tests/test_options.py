@@ -90,6 +90,9 @@ def test_what_a_killed_write_left_is_deleted(tmp_path):
     assert new.exists()
     with pytest.raises(UserError, match="another a;"):
         claim_folder(tmp_path, "meta.json", {"a": 1}, may_grow=("a",))
+    (tmp_path / "meta.json").write_text('{"a": "2"}')  # of another type
+    with pytest.raises(UserError, match="another a;"):
+        claim_folder(tmp_path, "meta.json", {"a": 3}, may_grow=("a",))
     (tmp_path / "meta.json").unlink()
     with pytest.raises(UserError, match="holds other files"):
         claim_folder(tmp_path, "meta.json", {"a": 1})
@@ -135,11 +138,19 @@ def test_command_line(monkeypatch, capsys):
     assert end.value.code == 0 and "a kind (default: x)\n" in capsys.readouterr().out
 
     def fail(config):
-        full = UserError("the disk is full; make room")
+        if (config.number or 0) > 5:
+            raise (
+                PermissionError(13, "Permission denied", "mine")
+                if config.number > 6
+                else MemoryError
+            )
+        full = UserError("the disk is \x1b[2J full;\nmake room")
         raise full if config.kind == "x" else torch.OutOfMemoryError("tried 8 GiB\nof 4")
 
     for line, words in (
-        ("", "error: the disk is full; make room\n"),
+        ("", "error: the disk is ?[2J full; make room\n"),
+        ("--number 6", "MemoryError()"),
+        ("--number 7", "Permission denied: 'mine'"),
         ("--kind y", "(tried 8 GiB); lower --batch-size"),
         ("--nmber 2", "--nmber 2; --help lists the options"),
         ("--number two", "'two'"),

@@ -70,7 +70,7 @@ def test_through_every_script(resolution, classes, tmp_path, monkeypatch, fast, 
     (tmp_path / "mine.safetensors").unlink()  # the generator does without it
     sample.main(sample.Config(seeds="0-3", out="z.png", device="cpu"))
     assert Path("z.png").read_bytes() == Path("x.png").read_bytes()
-    with pytest.raises(UserError, match=r"mine\.safetensors is not a file"):
+    with pytest.raises(UserError, match=r"mine\.safetensors, is not there; give --teacher-weights"):
         sample.main(sample.Config(seeds="0-3", out="z.png", device="cpu", **beside))
 
 

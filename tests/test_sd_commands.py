@@ -156,6 +156,12 @@ def test_pairs_keep_their_prompts_and_are_guided(sd, sd_pairs, tmp_path, guidanc
     assert prompts == PROMPTS and y.dtype == torch.float32
     torch.testing.assert_close(z, sample_noise("pairs", 0, [4, 1], LATENT), rtol=0, atol=0)
     parts = load_sd(sd)
+    shutil.copytree(folder, tmp_path / "older")  # with the prompts in the metadata
+    for path in (tmp_path / "older").glob("shard_*"):
+        tensors, metadata = read_tensors(path)
+        lines = bytes(tensors.pop("prompts").numpy()).decode().split("\n")
+        write_tensors(path, tensors, metadata | {"prompts": lines})
+    assert Pairs(tmp_path / "older", "sd15").prompts(range(5)) == (PROMPTS * 3)[:5]
     guided = GuidedUNet(parts.unet, parts.encode_text([""]), guidance)
     expected = pndm_sample(guided, z, parts.encode_text(prompts), steps=4)
     assert relative_error(y, expected) < 1e-3  # float16
@@ -538,7 +544,7 @@ def test_prompts_that_are_cut_are_reported_once(sd, sd_run, tmp_path, capsys, re
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     options = {"prompts": tmp_path / "prompts.txt", "num_pairs": 6, "steps": 2}
     few, said, _ = call(make_pairs, pairs_options(sd, tmp_path / "pairs", **options)).splitlines()
-    assert few.startswith("6 pairs share the 3 prompts of ") and "--prompts FILE" in few
+    assert few == "6 pairs share 3 prompts; --prompts gives others"
     assert said.startswith("2 prompts were too long") and ": 'dog dog'" in said
 
     capsys.readouterr()

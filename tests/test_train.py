@@ -507,7 +507,9 @@ def test_a_run_that_never_saved_starts_anew(small, tmp_path, monkeypatch):
     full = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", Mock(side_effect=full))
-        with pytest.raises(UserError, match=r"cannot write .*checkpoint.pt: .*enforce fail"):
+        with pytest.raises(
+            UserError, match=r"cannot write .*checkpoint.pt: is the disk full.*enforce fail"
+        ):
             train.main(config)
     assert not (tmp_path / "run/checkpoint.pt").exists()
     train.main(config)
