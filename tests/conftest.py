@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,16 @@ def leave_nothing_behind():
     unlock()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def random_lpips(monkeypatch):
+    """LPIPS with a random VGG, without a second for its linear layers, which are not used."""
+    import lpips  # takes long, and the forks import this file
+
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda weight, *_: weight)
+    monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
 
 
 @contextlib.contextmanager

@@ -18,12 +18,6 @@ from plumbing.options import UserError
 CPU = torch.device("cpu")
 
 
-def saved(folder: Path, pixels: np.ndarray) -> Path:
-    """uint8 (H, W, 3) -> its file."""
-    Image.fromarray(pixels).save(folder / "image.png")
-    return folder / "image.png"
-
-
 def constant(folder: Path, colours) -> Path:
     """A folder of images of one colour each, no two of the same size."""
     folder.mkdir()
@@ -37,7 +31,10 @@ def test_the_central_square_by_lanczos_filter(tmp_path):
     square leaves no trace."""
     pixels = np.full((512, 812, 3), 255, np.uint8)
     pixels[:, 150:662] = (np.arange(512) / 2).astype(np.uint8)[None, :, None]
-    found, tall = (captions.square(saved(tmp_path, x)) for x in (pixels, pixels.swapaxes(0, 1)))
+    images = Image.fromarray(pixels), Image.fromarray(pixels.swapaxes(0, 1))
+    for name, image in zip(("wide.png", "tall.png"), images, strict=True):
+        image.save(tmp_path / name)
+    found, tall = (captions.square(tmp_path / name) for name in ("wide.png", "tall.png"))
     assert found.shape == (256, 256, 3) and found.dtype == np.uint8
     expected = np.arange(256) + 0.0  # the mean of (2j) / 2 and (2j + 1) / 2, rounded down before
     assert np.abs(found.astype(float) - expected[None, :, None]).max() <= 1

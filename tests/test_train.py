@@ -13,7 +13,6 @@ from pathlib import Path
 from unittest.mock import Mock
 from urllib.error import URLError
 
-import lpips
 import numpy as np
 import pytest
 import torch
@@ -334,7 +333,8 @@ def test_an_overflow_under_fp16_skips_the_step():
 def test_fp16_that_skips_every_step_ends_the_run(small, tmp_path, monkeypatch):
     """A finite loss with a NaN gradient: every step is skipped, and halves the loss scale."""
     monkeypatch.setattr(train, "l2_distance", lambda x, y: (x - x.detach()).abs().sqrt())
-    config = tiny_config(small, tmp_path / "run", steps=40, save_every=10, amp="fp16")
+    options = {"steps": 40, "save_every": 10, "batch_size": 1, "batch_size_ref": 1}
+    config = tiny_config(small, tmp_path / "run", amp="fp16", **options)
     with pytest.raises(UserError, match=r"loss scale is 0\.\d+ at step 20; .* --amp bf16"):
         train.main(config)
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
@@ -376,12 +376,9 @@ def test_nan_stops_the_run_and_keeps_what_was_saved(
 # The losses that take part
 
 
-def test_lpips_trains(small, tmp_path, monkeypatch):
+def test_lpips_trains(small, tmp_path, monkeypatch, random_lpips):
     """The real LPIPS with a random VGG, at a smaller size: it is 0 for equal images only, G learns
     from it, and the VGG does not."""
-    monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
-    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)  # VGG's, unused
-    monkeypatch.setattr(torch.nn.init, "normal_", lambda weight, *_: weight)  # the same
     monkeypatch.setattr(train, "lpips_distance", partial(train.lpips_distance, size=64))
     run = prepare(small, tmp_path / "run", distance="lpips", lambda_dm=0.0)
     x, y = torch.randn(2, 1, 1, 28, 28)
