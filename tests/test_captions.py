@@ -27,8 +27,7 @@ def constant(folder: Path, colours) -> Path:
 
 
 def test_the_central_square_by_lanczos_filter(tmp_path):
-    """A ramp along the longer side becomes a ramp of half the slope; what is outside the central
-    square leaves no trace."""
+    """A ramp becomes one of half the slope. What is outside the square leaves no trace."""
     pixels = np.full((512, 812, 3), 255, np.uint8)
     pixels[:, 150:662] = (np.arange(512) / 2).astype(np.uint8)[None, :, None]
     images = Image.fromarray(pixels), Image.fromarray(pixels.swapaxes(0, 1))
@@ -77,8 +76,7 @@ def test_latency_is_the_median_of_fifty(monkeypatch):
 
 @pytest.mark.parametrize("package", ["stand-in", "clean-fid"])
 def test_fid_of_two_folders(tmp_path, monkeypatch, package):
-    """On images of one colour each, with the colours as features: their Frechet distance. A file
-    that is no image is named."""
+    """The Frechet distance of features, here of colours. A file that is no image is named."""
     if package == "stand-in":  # what clean-fid 0.1 has, but its distance, which no SciPy suits
         resize = {"clean": lambda pixels: pixels.astype(np.float32)}
         fid = SimpleNamespace(build_resizer=resize.get, compare_folders=None)

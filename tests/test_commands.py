@@ -13,17 +13,17 @@ from workloads import ASSETS, WORKLOADS, get_workload
 @pytest.mark.slow
 def test_evaluate_by_command(tmp_path, monkeypatch, capsys):
     options = ["--checkpoint", ASSETS / "mnist_generator.safetensors", "--samples", 200]
-    words = ["evaluate.py", *options, "--steps", 2, "--json", tmp_path / "numbers.json"]
+    words = ["evaluate.py", *options, "--steps", 5, "--json", tmp_path / "numbers.json"]
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
     runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
     assert capsys.readouterr().out.splitlines()[-1].startswith("student: FD ")
     rows = json.loads((tmp_path / "numbers.json").read_text())
     student, untrained, teacher = (rows.pop(name) for name in ("student", "untrained", "teacher"))
-    assert not rows and [each["evaluations"] for each in (student, untrained, teacher)] == [1, 1, 3]
-    # Digits; a blur of each class; after two Heun steps, which are too few, nothing of a digit.
-    assert student["fd"] < 20 < untrained["fd"] < 200 < teacher["fd"]
-    assert teacher["accuracy"] < 0.2 and min(student["accuracy"], untrained["accuracy"]) > 0.9
-    assert untrained["diversity"] < 0.2 and student["diversity"] > 0.8
+    assert not rows and [each["evaluations"] for each in (student, untrained, teacher)] == [1, 1, 9]
+    # Digits, but of the untrained one a blur of each class.
+    assert student["fd"] < 20 and teacher["fd"] < 50 < untrained["fd"] < 200
+    assert min(each["accuracy"] for each in (student, untrained, teacher)) > 0.94
+    assert untrained["diversity"] < 0.2 and min(student["diversity"], teacher["diversity"]) > 0.8
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The losses against closed forms: Gaussians, whose scores, KL and posterior means are known."""
 
 from functools import partial
+from unittest.mock import Mock
 
 import lpips
 import numpy as np
@@ -185,8 +186,7 @@ def test_no_gradient_crosses_the_boundaries():
 
 @pytest.mark.parametrize("sigma_data", [0.5, None])
 def test_denoising_loss(sigma_data):
-    """At the given noise (Eq. 3), a denoiser that is off by a constant c costs mean_t(weight_t)
-    c^2."""
+    """Being off by c costs mean_t(weight_t) c^2. It happens at the given noise (Eq. 3)."""
 
     class Off(LinearDenoiser):
         def forward(self, x_t, t, cond=None):
@@ -265,8 +265,7 @@ def test_lpips_sees_large_images_as_they_are():
 
 
 def test_lpips_has_finite_gradients(monkeypatch, random_lpips):
-    """Also at a pixel whose features are 0, or so small that their squares are. Otherwise it has
-    the package's values."""
+    """Also where features are 0, or their squares are. Its values are the package's."""
     network, images = load_lpips(torch.device("cpu")), torch.randn(2, 1, 3, 32, 32)
     features = torch.randn(1, 4, 1, 3) * torch.tensor([1.0, 1e-30, 0.0])
     (gradient,) = torch.autograd.grad(
@@ -279,10 +278,8 @@ def test_lpips_has_finite_gradients(monkeypatch, random_lpips):
 
 
 def test_a_full_gpu_is_not_blamed_on_lpips_weights(monkeypatch):
-    class TooLarge(torch.nn.Module):
-        def to(self, device):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(lpips, "LPIPS", lambda **_: TooLarge())
+    too_large = torch.nn.Identity()
+    too_large.to = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(lpips, "LPIPS", lambda **_: too_large)
     with pytest.raises(torch.OutOfMemoryError):
         load_lpips(torch.device("cuda"))

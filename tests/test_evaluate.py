@@ -55,18 +55,6 @@ def test_no_mnist_and_no_network(tmp_path, monkeypatch):
         load_mnist(str(tmp_path), train=True)
 
 
-@pytest.mark.slow
-def test_shipped_networks_make_digits():
-    """50 each, judged by the shipped classifier: nearly all of the class they were made for."""
-    z, labels = sample_noise("pairs", 5, range(50), (1, 28, 28)), torch.arange(50) % 10
-    with torch.inference_mode():
-        teachers = load_teacher(get_workload()).solve(z, labels, 5)
-        students = load_generator(MNIST_GENERATOR)[0](z, labels)
-    for images in (teachers, students):
-        _, logits = digits.classify(digits.load_classifier(CPU), images, CPU)
-        assert (logits.argmax(1) == labels).double().mean() >= 0.94
-
-
 def test_shipped_files_are_small_and_belong_together():
     assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 5_000_000
     teacher = load_teacher(get_workload()).record["sha256"]

@@ -116,8 +116,7 @@ def test_seeded_inputs_are_edms():
 
 @pytest.fixture(scope="module")
 def random_weights(tmp_path_factory):
-    """A file in the format and size of Inception's, in torch hub's folder: random, scaled so that
-    features survive."""
+    """A file like Inception's in torch hub's folder: random, scaled so that features survive."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Net
 
     folder = tmp_path_factory.mktemp("inception")

@@ -75,8 +75,7 @@ def test_through_every_script(resolution, classes, tmp_path, monkeypatch, fast, 
 
 
 def test_the_numbers_to_start_from(tmp_path, capsys):
-    """Those of the workload with images of this size; EDM's own are known by name. The weight of
-    the regression is that of CIFAR-10, conditional or not."""
+    """Those of this size; EDM's own are known by name. CIFAR-10's weight of the regression."""
     cases = {
         own_network(tmp_path / f"{size}_{classes}.safetensors", size, classes): (like, weight)
         for size, classes, like, weight in (

@@ -56,8 +56,7 @@ def agree(straight, after, logged):
 
 
 def test_one_and_two_ranks_take_turns(small, straight, tmp_path):
-    """The number of processes, the parts of the batch and the sharding of AdamW's state (ZeRO) may
-    change at any checkpoint."""
+    """Processes, parts of the batch and sharding (ZeRO) may change at any checkpoint."""
     out = tmp_path / "run"
     sharded = {"shard_optimizer": True}
     turns = [(2, sharded), (1, sharded), (2, {"accumulate": 2}), (2, sharded)]
@@ -145,8 +144,7 @@ def test_the_rows_of_the_second_of_two_ranks(dataset, options, expected):
 
 
 def test_a_failure_of_one_rank_ends_all(small, tmp_path):
-    """Rank 0 finds something wrong while the other waits for it. One line says what, and the other
-    does not wait for ever. By torchrun too, which ends it."""
+    """Rank 0 says what is wrong in one line. The other, which waits for it, ends as well."""
     (tmp_path / "thesis.txt").write_text("mine")
     line = flags({**OPTIONS, **small, "out": tmp_path})
     two = run_on_two_ranks("train.py", *line)

@@ -80,12 +80,6 @@ def test_metadata_are_checked(change, tmp_path, run_here):
     assert result.stderr.strip().isprintable()
 
 
-def test_no_path_of_this_copy_gets_into_a_generator(finished_run):
-    """The shipped teacher is the default, and need not be named."""
-    data = (finished_run / "generator.safetensors").read_bytes()
-    assert b"teacher_sha256" in data and str(ASSETS.parent).encode() not in data
-
-
 def test_other_peoples_generators(tmp_path, monkeypatch):
     """The shapes in a bare state dict tell its architecture and dataset. Its sigma is kept."""
     small = WORKLOADS["cifar10"].network | {

@@ -86,7 +86,7 @@ def test_it_resumes_exactly(straight, data, tmp_path, monkeypatch):
 
 
 def test_mistakes(straight, data, tmp_path):
-    """Another run's folder, a checkpoint that is none of ours, a folder with other files."""
+    """Another run's folder, a checkpoint that is none of ours."""
     before = (straight / "teacher.safetensors").read_bytes()
     with pytest.raises(UserError, match="made with another seed;"):
         train_teacher.main(config(data, straight, seed=1))
@@ -95,8 +95,6 @@ def test_mistakes(straight, data, tmp_path):
     torch.save({"step": 3}, run / "checkpoint.pt")
     with pytest.raises(UserError, match=r"checkpoint\.pt cannot be resumed"):
         train_teacher.main(config(data, run))
-    with pytest.raises(UserError, match="holds other files"):
-        train_teacher.main(config(data, tmp_path))
 
 
 @pytest.mark.parametrize("script", [train_teacher, train_classifier])
