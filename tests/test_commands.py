@@ -26,20 +26,17 @@ def test_evaluate_by_command(tmp_path, monkeypatch, capsys):
     assert untrained["diversity"] < 0.2 and min(student["diversity"], teacher["diversity"]) > 0.8
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("make_pairs.py --dataset mnits", ["unknown dataset 'mnits'", "imagenet64"]),
-        ("make_pairs.py --dataset cifar10 --teacher no.pkl", ["no.pkl does not exist"]),
-        ("make_pairs.py --device cuda:99", ["'cuda:99'", "--device cpu"]),
-        ("sample.py --labels 10", ["--labels 10: out of range", "0-9"]),
-        ("sample.py --seeds one", ["--seeds", "0-9"]),
-        ("sample.py --seeds 0-3,9-7", ["--seeds", "0-9"]),
-        (f"sample.py --seeds {2**64}", ["--seeds"]),
-        (f"train.py --seed {2**64}", ["--seed must be below 18446744073709551616"]),
-        ("sample.py --steps 9", ["--steps is the teacher's", "--teacher"]),
-    ],
-)
+@pytest.mark.parametrize(("line", "words"), [
+    ("make_pairs.py --dataset mnits", ["unknown dataset 'mnits'", "imagenet64"]),
+    ("make_pairs.py --dataset cifar10 --teacher no.pkl", ["no.pkl does not exist"]),
+    ("make_pairs.py --device cuda:99", ["'cuda:99'", "--device cpu"]),
+    ("sample.py --labels 10", ["--labels 10: out of range", "0-9"]),
+    ("sample.py --seeds one", ["--seeds", "0-9"]),
+    ("sample.py --seeds 0-3,9-7", ["--seeds", "0-9"]),
+    (f"sample.py --seeds {2**64}", ["--seeds"]),
+    (f"train.py --seed {2**64}", ["--seed must be below 18446744073709551616"]),
+    ("sample.py --steps 9", ["--steps is the teacher's", "--teacher"]),
+])  # fmt: skip
 def test_bad_input_by_command(tmp_path, run_here, monkeypatch, line, words):
     monkeypatch.chdir(tmp_path)
     result = run_here(*line.split())

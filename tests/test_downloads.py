@@ -67,20 +67,17 @@ def refused(url: str, *words: str):
     assert all(word in message for word in words)
 
 
-@pytest.mark.parametrize(
-    ("url", "words"),
-    [
-        ("{server}/absent/weights.pkl", ["404", "download {url} yourself and put it at {cache}/"]),
-        ("{server}/page/weights.pkl", ["web page", "put it at"]),
-        ("{server}/empty/weights.pkl", ["or nothing", "put it at"]),
-        ("{server}/short/weights.pkl", ["broke off at byte 1279000 of 1280000", "put it at"]),
-        ("http://127.0.0.1:9/weights.pkl", ["download failed", "put it at"]),
-        ("https://no.such.host.invalid/weights.pkl", ["download failed", "put it at"]),
-        ("https://[broken/weights.pkl", []),
-        ("{server}/", ["names no file"]),
-        ("hf://owner/repo", ["hf://owner/name/file"]),
-    ],
-)
+@pytest.mark.parametrize(("url", "words"), [
+    ("{server}/absent/weights.pkl", ["404", "download {url} yourself and put it at {cache}/"]),
+    ("{server}/page/weights.pkl", ["web page", "put it at"]),
+    ("{server}/empty/weights.pkl", ["or nothing", "put it at"]),
+    ("{server}/short/weights.pkl", ["broke off at byte 1279000 of 1280000", "put it at"]),
+    ("http://127.0.0.1:9/weights.pkl", ["download failed", "put it at"]),
+    ("https://no.such.host.invalid/weights.pkl", ["download failed", "put it at"]),
+    ("https://[broken/weights.pkl", []),
+    ("{server}/", ["names no file"]),
+    ("hf://owner/repo", ["hf://owner/name/file"]),
+])  # fmt: skip
 def test_downloads_that_fail(server, tmp_path, url, words):
     where = {"server": server, "cache": tmp_path}
     url = url.format(**where)

@@ -147,15 +147,12 @@ def fid_config(cifar, /, **options):
     return evaluate.Config(**config | {"samples": 9, "device": "cpu"} | options)
 
 
-@pytest.mark.parametrize(
-    "case",  # row, ranks, batch size, Heun steps, evaluations of the network
-    [
-        ("student", 2, 2, None, 1),  # uneven shares
-        ("student", 1, 9, None, 1),
-        ("teacher", 1, 4, 3, 5),
-        ("untrained", 1, 9, 1, 1),
-    ],
-)
+@pytest.mark.parametrize("case", [  # row, ranks, batch size, Heun steps, evaluations of the network
+    ("student", 2, 2, None, 1),  # uneven shares
+    ("student", 1, 9, None, 1),
+    ("teacher", 1, 4, 3, 5),
+    ("untrained", 1, 9, 1, 1),
+])  # fmt: skip
 def test_images_are_edms(case, cifar, fast, tmp_path, monkeypatch, capsys):
     """On any ranks in any batch, with seeds that pass 2^32."""
     row, count, batch_size, steps, evaluations = case

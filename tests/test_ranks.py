@@ -110,31 +110,25 @@ def test_accumulation_is_one_step(small, straight, tmp_path):
         assert {state["step"].item() for state in learner.optimizer.state.values()} == {STEPS}
 
 
-@pytest.mark.parametrize(
-    ("count", "options", "message"),
-    [
-        (3, {}, "cannot be split evenly over 3 ranks and 1 parts each; choose multiples of 3"),
-        (2, {"accumulate": 4}, "-size 4 and --batch-size-ref 4 cannot be split evenly over 2 .* 4"),
-        (2, {"batch_size": 3}, "--batch-size 3 and --batch-size-ref 4 cannot be split evenly"),
-        (2, {"batch_size_ref": 3}, "--batch-size-ref 3 cannot be split evenly over 2 ranks"),
-    ],
-)
+@pytest.mark.parametrize(("count", "options", "message"), [
+    (3, {}, "cannot be split evenly over 3 ranks and 1 parts each; choose multiples of 3"),
+    (2, {"accumulate": 4}, "-size 4 and --batch-size-ref 4 cannot be split evenly over 2 .* 4"),
+    (2, {"batch_size": 3}, "--batch-size 3 and --batch-size-ref 4 cannot be split evenly"),
+    (2, {"batch_size_ref": 3}, "--batch-size-ref 3 cannot be split evenly over 2 ranks"),
+])  # fmt: skip
 def test_batches_that_cannot_be_split(count, options, message):
     """Uneven parts would weigh their samples unequally."""
     with pytest.raises(UserError, match=message):
         train.split_batch(get_workload(**{**OPTIONS, **options}), Ranks(0, count, ALONE.device))
 
 
-@pytest.mark.parametrize(
-    ("dataset", "options", "expected"),
-    [
-        ("mnist", {}, [((4, 5), (2,)), ((6, 7), (3,))]),
-        ("mnist", {"lambda_dm": 0.0}, [((), (2,)), ((), (3,))]),
-        ("mnist", {"lambda_reg": 0.0}, [((4, 5), ()), ((6, 7), ())]),
-        ("sd15", {"lambda_dm": 0.0}, [((), (2,)), ((), (3,))]),
-        ("sd15", {"lambda_reg": 0.0}, [((4, 5), (2,)), ((6, 7), (3,))]),
-    ],
-)
+@pytest.mark.parametrize(("dataset", "options", "expected"), [
+    ("mnist", {}, [((4, 5), (2,)), ((6, 7), (3,))]),
+    ("mnist", {"lambda_dm": 0.0}, [((), (2,)), ((), (3,))]),
+    ("mnist", {"lambda_reg": 0.0}, [((4, 5), ()), ((6, 7), ())]),
+    ("sd15", {"lambda_dm": 0.0}, [((), (2,)), ((), (3,))]),
+    ("sd15", {"lambda_reg": 0.0}, [((4, 5), (2,)), ((6, 7), (3,))]),
+])  # fmt: skip
 def test_the_rows_of_the_second_of_two_ranks(dataset, options, expected):
     """The second half, in two parts, without the rows that only serve a loss of weight 0. (Line 4
     of Algorithm 1, for sd15: the paired rows serve the KL gradient too.)"""

@@ -352,15 +352,12 @@ def test_pairs_of_another_teacher(others, sd_pairs, tmp_path):
         prepare(another, sd_pairs, tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("given", "options", "said"),
-    [
-        (None, {}, ""), ("moved", {}, "from another teacher than {given}: {sd}"),
-        (None, {"teacher": True}, "guidance 5.0"), ("moved", {"teacher": True}, ""),
-        ("another", {"teacher": True}, "from another teacher than {given}: "),
-        (None, {"teacher": True, "guidance": 2.0}, "guidance 5.0"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("given", "options", "said"), [
+    (None, {}, ""), ("moved", {}, "from another teacher than {given}: {sd}"),
+    (None, {"teacher": True}, "guidance 5.0"), ("moved", {"teacher": True}, ""),
+    ("another", {"teacher": True}, "from another teacher than {given}: "),
+    (None, {"teacher": True, "guidance": 2.0}, "guidance 5.0"),
+])  # fmt: skip
 def test_a_generator_remembers_its_teacher(sd, others, tmp_path, monkeypatch, given, options, said):
     """Source and guidance are defaults. Others are printed: by the UNet's hash, if it is loaded."""
     monkeypatch.setattr(sample, "load_teacher", load := Mock(wraps=sample.load_teacher))
@@ -468,38 +465,35 @@ def test_two_ranks_draw_what_one_does(pictures, sd, sd_run, tmp_path):
         assert difference(one, two) <= 1
 
 
-@pytest.mark.parametrize(
-    ("module", "change", "said"),
-    [
-        (make_pairs, {"prompts": "none.txt"}, "none.txt does not exist"),
-        (make_pairs, {"prompts": "empty.txt"}, "empty.txt holds no prompt"),
-        (make_pairs, {"prompts": "noise.gz"}, "noise.gz is no UTF-8 text"),
-        (make_pairs, {"guidance": 0}, "--guidance must be above 0, not 0.0"),
-        (make_pairs, {"steps": 1}, "--steps of sd15 must be 2 to 999, not 1"),
-        (make_pairs, {"dataset": "mnist", "guidance": 3}, "--guidance is for sd15"),
-        (make_pairs, {"teacher": "nowhere"}, "nowhere is neither a local folder nor a Hub"),
-        (make_pairs, {"teacher": "empty"}, "empty holds none of scheduler/scheduler_config.json"),
-        (sample, {}, "give --prompt"),
-        (sample, {"prompt": [" "]}, "give --prompt"),
-        (sample, {"prompt": list("abcd")}, "4 prompts need as many --seeds, not 3"),
-        (sample, {"prompt": ["cat"], "labels": "3"}, "no --labels; omit them"),
-        (sample, {"prompt": ["cat"], "teacher": True, "steps": 1}, "2 to 999"),
-        (sample, {"prompt": ["cat"], "guidance": 0}, "--guidance must be above 0"),
-        (sample, {"prompt": ["cat"], "out": "x.jpg"}, "--out must be a .png or a folder"),
-        (sample, {"prompt": ["cat"], "out": "x", "seeds": "0-2,1"}, "--seeds lists a seed twice"),
-        (sample, {"checkpoint": "cut.bin"}, "cut.bin is damaged or of another kind"),
-        (sample, {"checkpoint": "empty"}, "empty/generator.safetensors does not exist"),
-        (sample, {"prompt": ["cat"], "checkpoint": ASSETS / "mnist_generator.safetensors"},
-         "--prompt is for sd15; this is a generator of mnist"),
-        (evaluate, {"samples": 6}, "holds 5 captions, not 6"),
-        (evaluate, {"reference": "empty"}, "holds 0 PNG or JPEG images"),
-        (evaluate, {"rows": ["untrained"]}, "not untrained"),
-        (evaluate, {"captions": None}, "give a file of --captions"),
-        (evaluate, {"dataset": "mnist", "checkpoint": None}, "--captions is for text-to-image"),
-        (evaluate, {"reference": "real"}, "pip install clean-fid"),
-        (evaluate, {"clip_score": True}, "pip install open_clip"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("module", "change", "said"), [
+    (make_pairs, {"prompts": "none.txt"}, "none.txt does not exist"),
+    (make_pairs, {"prompts": "empty.txt"}, "empty.txt holds no prompt"),
+    (make_pairs, {"prompts": "noise.gz"}, "noise.gz is no UTF-8 text"),
+    (make_pairs, {"guidance": 0}, "--guidance must be above 0, not 0.0"),
+    (make_pairs, {"steps": 1}, "--steps of sd15 must be 2 to 999, not 1"),
+    (make_pairs, {"dataset": "mnist", "guidance": 3}, "--guidance is for sd15"),
+    (make_pairs, {"teacher": "nowhere"}, "nowhere is neither a local folder nor a Hub"),
+    (make_pairs, {"teacher": "empty"}, "empty holds none of scheduler/scheduler_config.json"),
+    (sample, {}, "give --prompt"),
+    (sample, {"prompt": [" "]}, "give --prompt"),
+    (sample, {"prompt": list("abcd")}, "4 prompts need as many --seeds, not 3"),
+    (sample, {"prompt": ["cat"], "labels": "3"}, "no --labels; omit them"),
+    (sample, {"prompt": ["cat"], "teacher": True, "steps": 1}, "2 to 999"),
+    (sample, {"prompt": ["cat"], "guidance": 0}, "--guidance must be above 0"),
+    (sample, {"prompt": ["cat"], "out": "x.jpg"}, "--out must be a .png or a folder"),
+    (sample, {"prompt": ["cat"], "out": "x", "seeds": "0-2,1"}, "--seeds lists a seed twice"),
+    (sample, {"checkpoint": "cut.bin"}, "cut.bin is damaged or of another kind"),
+    (sample, {"checkpoint": "empty"}, "empty/generator.safetensors does not exist"),
+    (sample, {"prompt": ["cat"], "checkpoint": ASSETS / "mnist_generator.safetensors"},
+     "--prompt is for sd15; this is a generator of mnist"),
+    (evaluate, {"samples": 6}, "holds 5 captions, not 6"),
+    (evaluate, {"reference": "empty"}, "holds 0 PNG or JPEG images"),
+    (evaluate, {"rows": ["untrained"]}, "not untrained"),
+    (evaluate, {"captions": None}, "give a file of --captions"),
+    (evaluate, {"dataset": "mnist", "checkpoint": None}, "--captions is for text-to-image"),
+    (evaluate, {"reference": "real"}, "pip install clean-fid"),
+    (evaluate, {"clip_score": True}, "pip install open_clip"),
+])  # fmt: skip
 def test_bad_options(sd, sd_run, tmp_path, monkeypatch, module, change, said):
     monkeypatch.chdir(tmp_path)
     for name in ("cleanfid", "open_clip"):

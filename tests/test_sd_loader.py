@@ -305,25 +305,22 @@ def tokenizer(tmp_path_factory):
     return tokenizer
 
 
-@pytest.mark.parametrize(
-    ("prompt", "pieces"),
-    [
-        ("cat", "cat</w>"),
-        ("  The CAT\t\n dog ", "the</w> cat</w> dog</w>"),
-        ("cat\u3000dog\u00a0cat\u2028dog", "cat</w> dog</w> cat</w> dog</w>"),
-        ("cats bat", "ca t s</w> b at</w>"),
-        ("dog's CAT'S", "dog</w> 's</w> cat</w> 's</w>"),  # 's is a piece of its own
-        ("1212", "1</w> 2</w> 1</w> 2</w>"),  # digits stand alone, whatever the merges say
-        ("## ###", "##</w> ## #</w>"),  # merges that begin with # are no comments
-        ("cat!?dog", "cat</w> ! ?</w> dog</w>"),  # other signs run together
-        ("_cat-", "_</w> cat</w> -</w>"),
-        ("caf\u00e9", "ca f Ã ©</w>"),  # UTF-8 bytes
-        ("CAFE\u0301", "ca f Ã ©</w>"),  # composed first
-        ("\u00bdcat", "Â ½</w> cat</w>"),  # one half is a number, not a letter
-        ("", ""),
-        ("cat <|endoftext|> dog", "cat</w> <|endoftext|> dog</w>"),
-    ],
-)
+@pytest.mark.parametrize(("prompt", "pieces"), [
+    ("cat", "cat</w>"),
+    ("  The CAT\t\n dog ", "the</w> cat</w> dog</w>"),
+    ("cat\u3000dog\u00a0cat\u2028dog", "cat</w> dog</w> cat</w> dog</w>"),
+    ("cats bat", "ca t s</w> b at</w>"),
+    ("dog's CAT'S", "dog</w> 's</w> cat</w> 's</w>"),  # 's is a piece of its own
+    ("1212", "1</w> 2</w> 1</w> 2</w>"),  # digits stand alone, whatever the merges say
+    ("## ###", "##</w> ## #</w>"),  # merges that begin with # are no comments
+    ("cat!?dog", "cat</w> ! ?</w> dog</w>"),  # other signs run together
+    ("_cat-", "_</w> cat</w> -</w>"),
+    ("caf\u00e9", "ca f Ã ©</w>"),  # UTF-8 bytes
+    ("CAFE\u0301", "ca f Ã ©</w>"),  # composed first
+    ("\u00bdcat", "Â ½</w> cat</w>"),  # one half is a number, not a letter
+    ("", ""),
+    ("cat <|endoftext|> dog", "cat</w> <|endoftext|> dog</w>"),
+])  # fmt: skip
 def test_tokenizer_cuts_and_merges(tokenizer, prompt, pieces):
     (row,) = tokenizer([prompt]).tolist()
     expected = ["<|startoftext|>", *pieces.split()]
@@ -440,18 +437,15 @@ def test_other_names_for_the_same_tensors(sd_folder, tmp_path):
             assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize(
-    ("part", "name", "shape", "words"),
-    [
-        ("unet", "mid_block.resnets.1.conv2.bias", None, "1 missing ({name})"),
-        ("unet", "extra", (1,), "1 surplus ({name})"),
-        # Other models are recognised by their shapes: inpainting; SD 2.x and XL; 16 channels.
-        ("unet", "conv_in.weight", (16, 9, 3, 3), "{shape} instead of (16, 4, 3, 3))"),
-        ("unet", "mid_block.attentions.0.proj_in.weight", (32, 32), "instead of (32, 32, 1, 1))"),
-        ("vae", "decoder.conv_in.weight", (16, 16, 3, 3), "{shape} instead of (16, 4, 3, 3))"),
-        ("tiny_vae", "decoder.layers.0.weight", (12, 16, 3, 3), "instead of (12, 4, 3, 3))"),
-    ],
-)
+@pytest.mark.parametrize(("part", "name", "shape", "words"), [
+    ("unet", "mid_block.resnets.1.conv2.bias", None, "1 missing ({name})"),
+    ("unet", "extra", (1,), "1 surplus ({name})"),
+    # Other models are recognised by their shapes: inpainting; SD 2.x and XL; 16 channels.
+    ("unet", "conv_in.weight", (16, 9, 3, 3), "{shape} instead of (16, 4, 3, 3))"),
+    ("unet", "mid_block.attentions.0.proj_in.weight", (32, 32), "instead of (32, 32, 1, 1))"),
+    ("vae", "decoder.conv_in.weight", (16, 16, 3, 3), "{shape} instead of (16, 4, 3, 3))"),
+    ("tiny_vae", "decoder.layers.0.weight", (12, 16, 3, 3), "instead of (12, 4, 3, 3))"),
+])  # fmt: skip
 def test_every_difference_of_the_weights_is_named(tmp_path, part, name, shape, words):
     path, tensors = tmp_path / "other.safetensors", released(part)
     tensors.pop(name, None)
@@ -500,24 +494,21 @@ def test_what_a_config_lacks_is_as_in_sd15(sd_folder):
     assert load_network("unet", path, config=short).config == config
 
 
-@pytest.mark.parametrize(
-    ("file", "change", "words"),
-    [
-        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"},
-         "scheduler_config.json: prediction_type must be 'epsilon', as in SD v1.x, not 'v_pred"),
-        ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "beta_end must be 0.012"),
-        ("text_encoder/config.json", {"hidden_act": "gelu"}, "config.json: hidden_act must be"),
-        ("text_encoder/config.json", {"vocab_size": 100}, "misshapen"),
-        ("unet/config.json", None, "holds none of unet/config.json"),
-        ("unet/diffusion_pytorch_model.safetensors", None, "diffusion_pytorch_model.fp16.bin"),
-        ("text_encoder/model.safetensors", None, "holds none of text_encoder/model.safetensors"),
-        ("tokenizer/merges.txt", None, "holds none of tokenizer/merges.txt"),
-        ("tokenizer/merges.txt", "\n".join(["#version: 0.2", *MERGES[:-3]]),
-         "vocab.json and merges.txt do not match"),
-        ("tokenizer/merges.txt", "#version: 0.2\nx y z", "tokenizer is damaged"),
-        ("tiny_vae/config.json", None, "holds none of tiny_vae/config.json"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("file", "change", "words"), [
+    ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"},
+     "scheduler_config.json: prediction_type must be 'epsilon', as in SD v1.x, not 'v_pred"),
+    ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "beta_end must be 0.012"),
+    ("text_encoder/config.json", {"hidden_act": "gelu"}, "config.json: hidden_act must be"),
+    ("text_encoder/config.json", {"vocab_size": 100}, "misshapen"),
+    ("unet/config.json", None, "holds none of unet/config.json"),
+    ("unet/diffusion_pytorch_model.safetensors", None, "diffusion_pytorch_model.fp16.bin"),
+    ("text_encoder/model.safetensors", None, "holds none of text_encoder/model.safetensors"),
+    ("tokenizer/merges.txt", None, "holds none of tokenizer/merges.txt"),
+    ("tokenizer/merges.txt", "\n".join(["#version: 0.2", *MERGES[:-3]]),
+     "vocab.json and merges.txt do not match"),
+    ("tokenizer/merges.txt", "#version: 0.2\nx y z", "tokenizer is damaged"),
+    ("tiny_vae/config.json", None, "holds none of tiny_vae/config.json"),
+])  # fmt: skip
 def test_incomplete_or_altered_folders(sd_folder, tmp_path, file, change, words):
     path = shutil.copytree(sd_folder, tmp_path / "sd") / file
     if isinstance(change, dict):

@@ -503,27 +503,24 @@ def test_options_out_of_range(option, message):
         get_workload(**option)
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("shard_00000.safetensors", None, r"1 of 3 shards are missing in .*make_pairs\.py"),
-        ("shard_00000.safetensors", lambda data: data[:-1000], r"shard_00000.* is damaged"),
-        ("meta.json", None, r"no pairs in .*make_pairs\.py"),
-        ("meta.json", lambda data: b"{}", "no pairs in"),
-        ("meta.json", lambda data: data[:20], r"meta\.json is damaged"),
-        ("meta.json", lambda data: b"[1]", r"meta\.json is damaged or of another kind"),
-        ("meta.json", lambda data: data.replace(b": 20", b': "20"'), "num_pairs cannot be '20';"),
-        ("meta.json", lambda data: data.replace(b'size": 8', b'size": -8'), "shard_size cannot be"),
-        ("meta.json", lambda data: data.replace(b'seed": 0', b'seed": "x"'), "seed cannot be 'x';"),
-        (
-            "meta.json",
-            lambda data: data.replace(b'size": 8', b'size": 10'),
-            "2 of 2 .* too short; r",
-        ),
-        ("meta.json", lambda data: data.replace(b"mnist", b"cifar10"), "of cifar10, not of mnist;"),
-        ("meta.json", lambda data: data.replace(b'256": "', b'256": "0'), "with another teacher"),
-    ],
-)
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("shard_00000.safetensors", None, r"1 of 3 shards are missing in .*make_pairs\.py"),
+    ("shard_00000.safetensors", lambda data: data[:-1000], r"shard_00000.* is damaged"),
+    ("meta.json", None, r"no pairs in .*make_pairs\.py"),
+    ("meta.json", lambda data: b"{}", "no pairs in"),
+    ("meta.json", lambda data: data[:20], r"meta\.json is damaged"),
+    ("meta.json", lambda data: b"[1]", r"meta\.json is damaged or of another kind"),
+    ("meta.json", lambda data: data.replace(b": 20", b': "20"'), "num_pairs cannot be '20';"),
+    ("meta.json", lambda data: data.replace(b'size": 8', b'size": -8'), "shard_size cannot be"),
+    ("meta.json", lambda data: data.replace(b'seed": 0', b'seed": "x"'), "seed cannot be 'x';"),
+    (
+        "meta.json",
+        lambda data: data.replace(b'size": 8', b'size": 10'),
+        "2 of 2 .* too short; r",
+    ),
+    ("meta.json", lambda data: data.replace(b"mnist", b"cifar10"), "of cifar10, not of mnist;"),
+    ("meta.json", lambda data: data.replace(b'256": "', b'256": "0'), "with another teacher"),
+])  # fmt: skip
 def test_pairs_that_cannot_be_used(small, tmp_path, name, change, message):
     folder = shutil.copytree(small["pairs"], tmp_path / "pairs")
     data = (folder / name).read_bytes()
