@@ -88,7 +88,5 @@ def test_the_phases_are_those_of_table_5():
             w = row.at(step)
             found = (w.num_pairs / 1e6, w.lambda_reg, w.max_dm_step, w.decoder)
             assert (*found, w.batch_size / 80, w.batch_size_ref / 80) == expected, step
-    given = get_workload("sd15-guidance8", lambda_reg=0.3, batch_size=160, batch_size_ref=80)
-    for step in table_5:  # what the command line gives holds in all phases
-        w = given.at(step - 1)
-        assert (w.lambda_reg, w.batch_size, w.batch_size_ref) == (0.3, 160, 80)
+    given = get_workload("sd15-guidance8", lambda_reg=0.3)  # which holds in all phases
+    assert {given.at(step - 1).lambda_reg for step in table_5} == {0.3}

@@ -582,9 +582,7 @@ def test_neither_folder_nor_repository(hub, tmp_path):
     for source in (tmp_path / "nothing", "nothing"):
         with pytest.raises(UserError, match="nor a Hub repository \\(owner/name\\)"):
             load_sd(source)
-    with pytest.raises(
-        UserError, match=r"owner/other is not a local folder, and the Hub says: 401 no"
-    ):
+    with pytest.raises(UserError, match=r"owner/other is not a local folder, .* says: 401 no"):
         load_sd("owner/other")
     hub.online = False
     with pytest.raises(UserError, match="; check the name and the network"):

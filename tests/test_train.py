@@ -513,11 +513,8 @@ def test_options_out_of_range(option, message):
     ("meta.json", lambda data: data.replace(b": 20", b': "20"'), "num_pairs cannot be '20';"),
     ("meta.json", lambda data: data.replace(b'size": 8', b'size": -8'), "shard_size cannot be"),
     ("meta.json", lambda data: data.replace(b'seed": 0', b'seed": "x"'), "seed cannot be 'x';"),
-    (
-        "meta.json",
-        lambda data: data.replace(b'size": 8', b'size": 10'),
-        "2 of 2 .* too short; r",
-    ),
+    ("meta.json", lambda data: data.replace(b'"guidance": ', b'"guidance": -'), "guidance cannot"),
+    ("meta.json", lambda data: data.replace(b'size": 8', b'size": 10'), "2 of 2 .* too short; run"),
     ("meta.json", lambda data: data.replace(b"mnist", b"cifar10"), "of cifar10, not of mnist;"),
     ("meta.json", lambda data: data.replace(b'256": "', b'256": "0'), "with another teacher"),
 ])  # fmt: skip
