@@ -184,9 +184,7 @@ def test_a_caption_may_hold_other_line_breaks(tmp_path, opener, newline):
     assert read_prompts(path) == ["a cat"] * len(captions) + ["a dog"]
 
 
-def test_kl_sees_both_halves_a_guided_teacher_and_an_unguided_fake(
-    sd, sd_pairs, tmp_path, monkeypatch
-):
+def test_kl_sees_both_halves_and_a_guided_teacher(sd, sd_pairs, tmp_path, monkeypatch):
     """Line 4 of Algorithm 1, x <- concat(x, x_ref); the regression compares decoded images. Before
     training, G is the teacher's one step and mu_fake the teacher, both without guidance."""
     kl = Mock(wraps=train.distribution_matching_loss)

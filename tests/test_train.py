@@ -357,9 +357,8 @@ def test_what_is_not_finite_stops_the_run(value):
     # The loss is 0, its gradient is not.
     (lambda x, y: 1e37 * (x - x.detach()), r"grad_norm_G is (nan|inf) at step 3"),
 ])  # fmt: skip
-def test_nan_stops_the_run_and_keeps_what_was_saved(
-    finished_run, pairs, tmp_path, monkeypatch, distance, message
-):
+def test_nan_stops_the_run(finished_run, pairs, tmp_path, monkeypatch, distance, message):
+    """And what was saved stays."""
     out = shutil.copytree(finished_run, tmp_path / "run")
     monkeypatch.setattr(train, "l2_distance", distance)
     with pytest.raises(UserError, match=message):
