@@ -94,10 +94,10 @@ def test_what_a_killed_write_left_is_deleted(tmp_path):
     (tmp_path / "meta.json").write_text('{"a": "2"}')  # of another type
     with pytest.raises(UserError, match="another a;"):
         claim_folder(tmp_path, "meta.json", {"a": 3}, may_grow=("a",))
-    (tmp_path / "meta.json").write_text("{}")  # of another program
+    (tmp_path / "meta.json").write_text('{"b": 1}')  # of another program
     with pytest.raises(UserError, match="holds other files"):
         claim_folder(tmp_path, "meta.json", {"a": 1})
-    assert (tmp_path / "meta.json").read_text() == "{}"
+    assert (tmp_path / "meta.json").read_text() == '{"b": 1}'
 
 
 def test_equal_tensors_are_equal_files(tmp_path):
