@@ -41,7 +41,7 @@ from plumbing.captions import clip_score, draw_missing, folder_fid, latency, opt
 from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp
 from plumbing.digits import measure
 from plumbing.downloads import fetch
-from plumbing.drawing import to_uint8
+from plumbing.drawing import finite, to_uint8
 from plumbing.files import file_hash, write_json
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import read_prompts, sample_noise
@@ -181,10 +181,7 @@ def draw(row: Row, config: Config, device: torch.device, numbers: Sequence[int])
         seeds = [config.seed + k for k in numbers]
         z, cond = fid.seeded_inputs(seeds, shape, row.net.label_dim, device)
     with autocast(device, config.amp):
-        images = row.solve(z.to(device, memory_format=torch.channels_last), cond)
-    if not images.isfinite().all():
-        raise UserError(f"{row.source} gives NaN or infinity; check it, or try --amp off")
-    return images
+        return finite(row.solve(z.to(device, memory_format=torch.channels_last), cond), row.source)
 
 
 def draw_share(row: Row, config: Config, ranks: Ranks) -> Iterator[Tensor]:

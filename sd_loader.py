@@ -584,8 +584,12 @@ class StableDiffusion:
         return self.text_encoder(*to(device, self.tokenizer(prompts)))
 
     def decode(self, latents: Tensor, tiny: bool = False) -> Tensor:
-        """Latents (B, 4, H, W) -> images (B, 3, 8H, 8W) float32, about [-1, 1], not clamped."""
-        return (self.tiny_vae if tiny else self.vae)(latents).float()
+        """Latents (B, 4, H, W) -> images (B, 3, 8H, 8W) float32, about [-1, 1], not clamped. Only
+        training decodes in half precision: some models' VAEs overflow in fp16 (black pictures)."""
+        kind = latents.device.type
+        half = torch.is_autocast_enabled(kind) and torch.is_grad_enabled()
+        with torch.autocast(kind, enabled=half):  # in the dtype of the autocast around it
+            return (self.tiny_vae if tiny else self.vae)(latents).float()
 
 
 NETWORKS = {"unet": UNet, "text_encoder": TextEncoder, "vae": VAEDecoder, "tiny_vae": TinyDecoder}

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumbing.files import atomic_path
+from plumbing.options import UserError
 
 
 def write_figure(path: Path, figure) -> None:
@@ -27,6 +28,13 @@ def write_film(path: Path, frames: list[Image.Image]) -> None:
         frames[0].save(temporary, format="GIF", **how)
 
 
+def finite(images: Tensor, source: object) -> Tensor:
+    """The images that `source` gives, which must not hold NaN or infinity."""
+    if not images.isfinite().all():
+        raise UserError(f"{source} gives NaN or infinity; check it, or try --amp off")
+    return images
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] -> uint8, by EDM's rule x * 127.5 + 128, clamped."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
@@ -37,7 +45,8 @@ def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int
     light grey between them. `scale`, an integer, magnifies the whole picture."""
     from torchvision.utils import make_grid  # slow to import
 
-    grid = make_grid(to_uint8(images.detach().cpu()), columns, gap, pad_value=200)
+    images = finite(images.detach().cpu(), f"the model behind {path}")
+    grid = make_grid(to_uint8(images), columns, gap, pad_value=200)
     grid = grid[: images.shape[1]]  # make_grid turns one channel into three
     picture = Image.fromarray(grid.permute(1, 2, 0).squeeze(2).numpy())
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
