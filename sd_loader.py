@@ -328,9 +328,14 @@ class CLIPTokenizer:
 
     def __init__(self, vocab_file: Path, merges_file: Path):
         with one_line_errors(vocab_file.parent):
-            vocab, merges = models.BPE.read_file(str(vocab_file), str(merges_file))
-        if len(vocab) != 2 * 256 + len(merges) + 2:  # all bytes, twice; start, end
-            raise UserError(f"{vocab_file} and {merges_file.name} do not match; replace both")
+            if merges_file.name == "tokenizer.json":  # has the contents of both files
+                vocab, merges = (read_json(merges_file)["model"][k] for k in ("vocab", "merges"))
+                merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+            else:
+                vocab, merges = models.BPE.read_file(str(vocab_file), str(merges_file))
+        self.size = len(vocab)
+        if self.size != 2 * 256 + len(merges) + 2:  # all bytes, twice; start, end
+            raise UserError(f"{vocab_file} does not match its merges; replace both")
         self.start, self.end = vocab[self.START], vocab[self.END]
         self.bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
         self.bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -586,9 +591,8 @@ class StableDiffusion:
     def decode(self, latents: Tensor, tiny: bool = False) -> Tensor:
         """Latents (B, 4, H, W) -> images (B, 3, 8H, 8W) float32, about [-1, 1], not clamped. Only
         training decodes in half precision: some models' VAEs overflow in fp16 (black pictures)."""
-        kind = latents.device.type
-        half = torch.is_autocast_enabled(kind) and torch.is_grad_enabled()
-        with torch.autocast(kind, enabled=half):  # in the dtype of the autocast around it
+        half = torch.is_grad_enabled() and torch.is_autocast_enabled(latents.device.type)
+        with torch.autocast(latents.device.type, enabled=half):  # in the dtype of the one around it
             return (self.tiny_vae if tiny else self.vae)(latents).float()
 
 
@@ -607,30 +611,40 @@ def load_sd(
         read_config(find_file(source, "scheduler/scheduler_config.json"))
     sd = StableDiffusion(**{part: load_network(part, source) for part in parts})
     if sd.text_encoder:
-        files = (find_file(source, f"tokenizer/{name}") for name in ("vocab.json", "merges.txt"))
-        sd.tokenizer = CLIPTokenizer(*files)
+        names, either = ("tokenizer/vocab.json", "tokenizer/merges.txt"), "tokenizer/tokenizer.json"
+        sd.tokenizer = CLIPTokenizer(*(find_file(source, name, either) for name in names))
+        if (rows := len(sd.text_encoder.text_model.embeddings[0].weight)) != sd.tokenizer.size:
+            what = f"{source}: its text encoder knows {rows} tokens, but its vocabulary has"
+            raise UserError(f"{what} {sd.tokenizer.size}; added tokens are not supported")
     return sd
 
 
 def load_network(part: str, source: str | Path, config: dict | None = None) -> nn.Module:
     """Load one of NETWORKS in float32, from a source as for load_sd or a weights file. `config`
     replaces the config.json beside the weights. Missing fields are SD v1.5's."""
-    weights_file, config_file = find_weights(part, source)
+    files, config_file = find_weights(part, source)
     if config is None:
         config = read_config(config_file) if config_file else {}
-    with one_line_errors(weights_file), torch.device("meta"):
+    with one_line_errors(files[0]), torch.device("meta"):
+        for field, like in SD15[part].items():
+            value = config.get(field)
+            if type(like) is int and isinstance(value, list) and value and value[1:] == value[:-1]:
+                config = config | {field: value[0]}  # the same number for each side or resolution
         net = NETWORKS[part](SD15[part] | config)  # no memory: it takes over the file's tensors
-    load_strictly(net, read_weights(part, weights_file), weights_file, assign=True)
+    load_strictly(net, read_weights(part, files), files[0], assign=True)
     for field, like in SD15[part].items():
         if type(value := config.get(field, like)) is not type(like):
-            raise UserError(f"{weights_file}: its config's {field} must be like {like}: {value!r}")
+            raise UserError(f"{files[0]}: its config's {field} must be like {like}: {value!r}")
+    if part == "unet" and net.image_shape[1] % (factor := 2 ** (len(net.down_blocks) - 1)):
+        raise UserError(f"{files[0]}: its config's sample_size must be a multiple of {factor}")
     return net.eval().requires_grad_(part == "unet")
 
 
 # Names and shapes of weights do not tell other models apart, but these fields do.
 SUPPORTED = dict(
-    hidden_act="quick_gelu", prediction_type="epsilon", num_train_timesteps=T,
-    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+    hidden_act="quick_gelu", layer_norm_eps=1e-5, prediction_type="epsilon", num_train_timesteps=T,
+    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, trained_betas=None,
+    rescale_betas_zero_snr=False, norm_eps=1e-5, freq_shift=0, flip_sin_to_cos=True,
 )  # fmt: skip
 
 
@@ -643,23 +657,31 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def find_weights(part: str, source: str | Path) -> tuple[Path, Path | None]:
-    """The weights and the config.json of a network; None if a weights file has none beside it."""
+def find_weights(part: str, source: str | Path) -> tuple[list[Path], Path | None]:
+    """The files of a network's weights, and its config.json; None if a file has none beside it."""
     if Path(source).is_file():
         beside = Path(source).with_name("config.json")
-        return Path(source), beside if beside.is_file() else None
+        return [Path(source)], beside if beside.is_file() else None
     kinds = ("diffusion_pytorch_model{}.safetensors", "diffusion_pytorch_model{}.bin")
     if part == "text_encoder":  # transformers' names instead of diffusers'
         kinds = ("model{}.safetensors", "pytorch_model{}.bin")
     names = [f"{part}/{kind.format(precision)}" for precision in ("", ".fp16") for kind in kinds]
-    return find_file(source, *names), find_file(source, f"{part}/config.json")
+    names += [f"{part}/{kind.format('')}.index{p}.json" for p in ("", ".fp16") for kind in kinds]
+    files, config_file = [find_file(source, *names)], find_file(source, f"{part}/config.json")
+    if (index := files[0]).suffix == ".json":
+        with one_line_errors(index):
+            shards = sorted({*read_json(index)["weight_map"].values()})
+        files = [find_file(source, f"{part}/{name}") for name in shards]
+    return files, config_file
 
 
 def find_file(source: str | Path, *names: str) -> Path:
     """The first of `names` in a folder or a repository; TAESD has its own repository."""
     if names[0].startswith("tiny_vae/") and not Path(source, "tiny_vae").is_dir():
         return find_on_hub("madebyollin/taesd", [name.removeprefix("tiny_vae/") for name in names])
-    if not Path(source).is_dir():
+    if not (path := Path(source)).is_dir():
+        if path.exists() or str(source)[:1] in "./~" or Path(*path.parts[:1]).is_dir():
+            raise UserError(f"{source} is neither a folder nor a Hub repository (owner/name)")
         return find_on_hub(str(source), names)
     for name in names:
         if (path := Path(source, name)).is_file():
@@ -672,18 +694,22 @@ NOT_NEEDED = ("encoder.", "quant_conv.", "text_model.embeddings.position_ids")
 OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def read_weights(part: str, path: Path) -> dict[str, Tensor]:
-    """Read a .safetensors or .bin file -> the tensors that are needed, under our names, float32."""
+def read_weights(part: str, files: Sequence[Path]) -> dict[str, Tensor]:
+    """Read .safetensors or .bin files -> the tensors that are needed, under our names, float32."""
     tensors = {}
-    with one_line_errors(path):
-        found = read_tensors(path)[0] if path.suffix == ".safetensors" else torch_load(path)
-        for name, tensor in found.items():
-            if part == "text_encoder":
-                name = "text_model." + name.removeprefix("text_model.")  # newer files omit it
-            for older, newer in OLDER.items():
-                name = name.replace(f".{older}.", f".{newer}.")
-            if not name.startswith(NOT_NEEDED):
-                tensors[name] = torch.as_tensor(tensor)  # an error if it is none
+    for path in files:
+        with one_line_errors(path):
+            found = read_tensors(path)[0] if path.suffix == ".safetensors" else torch_load(path)
+            for name, tensor in found.items():
+                name = name.replace("_orig_mod.", "").removeprefix("module.")  # compiled, in DDP
+                if part == "text_encoder":
+                    name = "text_model." + name.removeprefix("text_model.")  # newer files omit it
+                for older, newer in OLDER.items():
+                    name = name.replace(f".{older}.", f".{newer}.")
+                if not name.startswith(NOT_NEEDED):
+                    tensor = torch.as_tensor(tensor)  # an error if it is none
+                    convolution = ".to_" in name and tensor.ndim == 4  # 1x1, in other VAEs
+                    tensors[name] = tensor.flatten(1) if convolution else tensor
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
@@ -741,5 +767,5 @@ def load_sd_teacher(source: str, guidance: float, decoders: Sequence, with_unet=
     sd = load_sd(source, ["unet", *parts] if with_unet else parts)
     record = {"name": source}
     if with_unet:
-        record["sha256"] = file_hash(find_weights("unet", source)[0])
+        record["sha256"] = "-".join(map(file_hash, find_weights("unet", source)[0]))
     return SDTeacher(sd, record, guidance, decoders[0])

@@ -166,7 +166,7 @@ def is_sd_unet(path: Path) -> bool:
         return False
     with one_line_errors(path):
         names = read_header(path)[0] if kind == "safetensors" else torch_load(path)
-        return "down_blocks.0.resnets.0.conv1.weight" in names
+        return any(name.endswith("down_blocks.0.resnets.0.conv1.weight") for name in names)
 
 
 def workload_of(metadata: dict, with_teacher: bool, **given) -> Workload:

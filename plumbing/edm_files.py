@@ -123,7 +123,8 @@ def file_format(path: Path) -> str:
 def sampling_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict under EDMPrecond's names, without what it does not need: `map_augment` and the
     `resample_filter`s, which must be 2x2 boxes."""
-    # DDP's wrapper, then DMD2's. A file may hold other networks beside these.
+    # torch.compile's wrapper, DDP's, then DMD2's. A file may hold other networks beside these.
+    stored = {name.replace("_orig_mod.", ""): value for name, value in stored.items()}
     for wrapper in ("module.", "feedforward_model.", "module."):
         inside = {k.removeprefix(wrapper): v for k, v in stored.items() if k.startswith(wrapper)}
         stored = inside or stored
