@@ -30,6 +30,7 @@ from plumbing.options import UserError
 
 Statistics = tuple[Tensor, Tensor]  # mean (D,) and covariance (D, D), float64
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")  # of images on disk, by Pillow's names
 FEATURES = 2048
 # torch-fidelity's conversion of the original TensorFlow weights.
 INCEPTION_HASH = "6726825d"  # the first 8 digits of its SHA-256
@@ -103,7 +104,7 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
     root_1 = vectors * values.clamp(min=0).sqrt() @ vectors.T
     product = torch.linalg.eigvalsh(root_1 @ cov_2 @ root_1)
     trace = cov_1.trace() + cov_2.trace() - 2 * product.clamp(min=0).sqrt().sum()
-    return float((mean_1 - mean_2).square().sum() + trace)
+    return max(float((mean_1 - mean_2).square().sum() + trace), 0.0)  # rounding may give -0.00
 
 
 def read_reference(
@@ -119,14 +120,20 @@ def read_reference(
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != shape:
             raise UserError(f"{path}: {name} is {found} instead of {shape}; use Inception's")
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; make the file again")
     return tensors["mu"].double(), tensors["sigma"].double()
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The PNG and JPEG files in a folder and its subfolders."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    """The images in a folder and its subfolders. All that Pillow knows must be of FORMATS."""
+    known = Image.registered_extensions()  # {".jpg": "JPEG", ...}
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known)
+    if other := [p for p in files if known[p.suffix.lower()] not in FORMATS]:
+        what = f"{folder} holds {len(other)} files such as {other[0].name}"
+        raise UserError(f"{what}, and FID reads {', '.join(FORMATS)}; convert or move them")
     if len(files) < 2:
-        raise UserError(f"{folder} holds {len(files)} PNG or JPEG images; FID needs at least 2")
+        raise UserError(f"{folder} holds {len(files)} images; FID needs at least 2")
     return files
 
 
@@ -144,8 +151,10 @@ def read_images(folder: Path, batch_size: int, ranks: Ranks, size: int) -> Itera
 
 
 def read_image(path: Path) -> Tensor:
-    """A PNG or JPEG file -> uint8 (3, H, W)."""
-    with one_line_errors(path), Image.open(path, formats=("PNG", "JPEG")) as image:
-        if image.mode not in ("L", "P", "RGB"):  # 16 bits would be clipped, transparency lost
-            raise UserError(f"{path} has mode {image.mode}; convert it to RGB or delete it")
+    """An image file -> uint8 (3, H, W)."""
+    with one_line_errors(path), Image.open(path, formats=FORMATS) as image:
+        # 16 bits would be clipped, transparency lost.
+        if image.mode not in ("L", "P", "RGB") or image.has_transparency_data:
+            what = f"{path} has mode {image.mode} or transparent pixels"
+            raise UserError(f"{what}; convert it to RGB or delete it")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

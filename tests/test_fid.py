@@ -247,10 +247,10 @@ def test_bad_references(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    fails(tmp_path, "holds 0 PNG or JPEG", size=8)
+    fails(tmp_path, "holds 0 images", size=8)
     picture = Image.new("RGB", (8, 8), (1, 2, 3))
     picture.save(tmp_path / "a.png")
-    fails(tmp_path, "holds 1 PNG or JPEG", size=8)
+    fails(tmp_path, "holds 1 images", size=8)
     Image.new("RGB", (8, 9)).save(tmp_path / "b.JPG")
     fails(tmp_path, r"b.JPG is \(3, 9, 8\) instead of \(3, 8, 8\)", size=8)
     (tmp_path / "b.JPG").write_bytes((tmp_path / "a.png").read_bytes()[:40])

@@ -485,7 +485,7 @@ def test_two_ranks_draw_what_one_does(pictures, sd, sd_run, tmp_path):
     (sample, {"prompt": ["cat"], "checkpoint": ASSETS / "mnist_generator.safetensors"},
      "--prompt is for sd15; this is a generator of mnist"),
     (evaluate, {"samples": 6}, "holds 5 captions, not 6"),
-    (evaluate, {"reference": "empty"}, "holds 0 PNG or JPEG images"),
+    (evaluate, {"reference": "empty"}, "holds 0 images"),
     (evaluate, {"rows": ["untrained"]}, "not untrained"),
     (evaluate, {"captions": None}, "give a file of --captions"),
     (evaluate, {"dataset": "mnist", "checkpoint": None}, "--captions is for text-to-image"),
