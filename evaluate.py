@@ -41,7 +41,7 @@ from plumbing.captions import clip_score, draw_missing, folder_fid, latency, opt
 from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp
 from plumbing.digits import measure
 from plumbing.downloads import fetch
-from plumbing.drawing import finite, to_uint8
+from plumbing.drawing import to_uint8
 from plumbing.files import file_hash, write_json
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import read_prompts, sample_noise
@@ -181,7 +181,7 @@ def draw(row: Row, config: Config, device: torch.device, numbers: Sequence[int])
         seeds = [config.seed + k for k in numbers]
         z, cond = fid.seeded_inputs(seeds, shape, row.net.label_dim, device)
     with autocast(device, config.amp):
-        return finite(row.solve(z.to(device, memory_format=torch.channels_last), cond), row.source)
+        return row.solve(z.to(device, memory_format=torch.channels_last), cond)
 
 
 def draw_share(row: Row, config: Config, ranks: Ranks) -> Iterator[Tensor]:
@@ -258,6 +258,8 @@ def main(config: Config) -> None:
         config, rows = load_rows(config, ranks.device)
     measure_row = measure_captions if config.captions else measure_digits
     if not (config.captions or config.dataset == "mnist"):
+        if rows[0].net.image_shape[0] not in (1, 3):
+            raise UserError("FID needs images of 1 or 3 channels; a network of others has none")
         with ranks.first_goes_first():  # rank 0 downloads
             path, network = fetch(config.reference), fid.inception(ranks.device)
         size = rows[0].net.image_shape[-1]

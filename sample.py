@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from plumbing.devices import AMP, autocast, pick_amp, pick_device
-from plumbing.drawing import finite, save_grid
+from plumbing.drawing import save_grid
 from plumbing.options import Options, UserError, option, parse_numbers, run_script
 from plumbing.pairs import sample_noise
 from teachers import find_generator, load_generator, load_teacher, origin, workload_of
@@ -90,7 +90,7 @@ def main(config: Config) -> None:
         """Draw these rows of z and cond -> images (B, C, H, W), about [-1, 1]."""
         with autocast(device, amp):
             x = solve(z[rows], encode(None if cond is None else cond[rows]))
-            return finite(decode(x).cpu(), path)  # .cpu() waits for the GPU
+            return decode(x).cpu()  # .cpu() waits for the GPU
 
     size = config.batch_size or (4 if workload.latent else 100)
     batches = [slice(start, start + size) for start in range(0, len(seeds), size)]

@@ -212,6 +212,8 @@ def load_inputs(config: Workload, ranks: Ranks) -> tuple[Workload, Teacher, Pair
     with ranks.first_goes_first():
         teacher, distance = load_teacher(config), l2_distance
         if config.distance == "lpips" and config.lambda_reg:
+            if not config.latent and teacher.image_shape[0] not in (1, 3):
+                raise UserError("LPIPS needs images of 1 or 3 channels; add --distance l2")
             distance = partial(lpips_distance, load_lpips(ranks.device))
     pairs.check_teacher(teacher.record)
     if ranks.rank == 0:

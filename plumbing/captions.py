@@ -25,7 +25,7 @@ from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from plumbing.devices import Ranks
-from plumbing.drawing import save_grid
+from plumbing.drawing import save_grid, to_uint8
 from plumbing.fid import frechet_distance, list_images, mean_and_covariance, read_image
 from plumbing.files import atomic_path
 from plumbing.options import UserError, one_line
@@ -51,7 +51,7 @@ def draw_missing(
         numbers = mine[start : start + batch_size]
         for k, image in zip(numbers, draw(numbers), strict=True):
             # Rounded down, as in the authors' code for DMD2 (EDM's code rounds to nearest).
-            pixels = ((image.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).cpu()
+            pixels = to_uint8(image.cpu(), offset=127.5)
             with atomic_path(picture(folder, k)) as temporary:
                 Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, "PNG")
     ranks.barrier()

@@ -28,26 +28,21 @@ def write_film(path: Path, frames: list[Image.Image]) -> None:
         frames[0].save(temporary, format="GIF", **how)
 
 
-def finite(images: Tensor, source: object) -> Tensor:
-    """The images that `source` gives, which must not hold NaN or infinity."""
+def to_uint8(images: Tensor, offset: float = 128) -> Tensor:
+    """Images in [-1, 1] -> uint8, by EDM's rule x * 127.5 + 128, clamped. All must be numbers."""
     if not images.isfinite().all():
-        raise UserError(f"{source} gives NaN or infinity; check it, or try --amp off")
-    return images
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] -> uint8, by EDM's rule x * 127.5 + 128, clamped."""
-    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+        raise UserError("the model gives NaN or infinity; check its weights, or try --amp off")
+    return (images.float() * 127.5 + offset).clamp(0, 255).to(torch.uint8)
 
 
 def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> None:
-    """Write images (B, C, H, W) in [-1, 1], C = 1 or 3, row by row as one PNG, with `gap` pixels of
-    light grey between them. `scale`, an integer, magnifies the whole picture."""
+    """Write images (B, C, H, W) in [-1, 1] row by row as one PNG, with `gap` pixels of light grey
+    between them: their first three channels or the first one. `scale` magnifies the picture."""
     from torchvision.utils import make_grid  # slow to import
 
-    images = finite(images.detach().cpu(), f"the model behind {path}")
-    grid = make_grid(to_uint8(images), columns, gap, pad_value=200)
-    grid = grid[: images.shape[1]]  # make_grid turns one channel into three
+    channels = 3 if images.shape[1] >= 3 else 1
+    grid = make_grid(to_uint8(images[:, :channels].detach().cpu()), columns, gap, pad_value=200)
+    grid = grid[:channels]  # make_grid turns one channel into three
     picture = Image.fromarray(grid.permute(1, 2, 0).squeeze(2).numpy())
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     with atomic_path(path) as temporary:

@@ -219,7 +219,7 @@ BAD = [
     (MNIST | {"reference": None, "samples": 199}, "--samples must be at least 200"),
     ({"dataset": "sd15", "rows": ("teacher",), "checkpoint": None}, "a file of --captions"),
     ({"checkpoint": "unet.safetensors"}, "a file of --captions"),  # before it is loaded
-    ({"checkpoint": "nan.safetensors"}, r"nan\.safetensors \(step 7\) gives NaN"),
+    ({"checkpoint": "nan.safetensors"}, "the model gives NaN"),
 ]  # fmt: skip
 
 

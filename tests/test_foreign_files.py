@@ -2,19 +2,33 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import fails_in_one_line
+from conftest import fails_in_one_line, pairs_config, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_sd_loader import write_sd
 
-from plumbing.drawing import save_grid
+import make_pairs
+import train
+from edm_unet import EDMPrecond
+from plumbing.drawing import save_grid, to_uint8
+from plumbing.fid import (
+    FEATURES,
+    frechet_distance,
+    list_images,
+    mean_and_covariance,
+    read_image,
+    read_reference,
+)
+from plumbing.files import write_tensors
 from plumbing.options import UserError
-from sd_loader import load_sd
+from sd_loader import find_file, load_network, load_sd, load_sd_teacher
+from teachers import is_sd_unet
 
 
 @pytest.fixture(scope="module")
@@ -68,5 +82,196 @@ def test_pictures_are_decoded_in_float32(sd):
 
 
 def test_no_picture_of_nan(tmp_path):
-    refused(lambda: save_grid(tmp_path / "a.png", torch.full((1, 3, 8, 8), torch.nan), 1), "a.png")
+    refused(lambda: save_grid(tmp_path / "a.png", torch.full((1, 3, 8, 8), torch.nan), 1), "NaN")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (4, 3), (6, 3)])
+def test_pictures_of_any_number_of_channels(tmp_path, channels, shown):
+    """The first three or the first one; no transparency."""
+    images = torch.rand(1, channels, 4, 4)
+    save_grid(tmp_path / "a.png", images, columns=1, gap=0)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.mode == {1: "L", 3: "RGB"}[shown]
+        pixels = torch.from_numpy(np.array(picture)).reshape(4, 4, shown)
+    assert pixels.equal(to_uint8(images)[0, :shown].permute(1, 2, 0))
+
+
+def test_losses_and_figures_of_other_channels(tmp_path, run_here):
+    """Such a network is distilled with L2; what needs colours says so before it computes."""
+    net = EDMPrecond(
+        img_resolution=16, img_channels=4, label_dim=0, model_type="SongUNet", model_channels=8,
+        channel_mult=[1], num_blocks=1, attn_resolutions=[],
+    )  # fmt: skip
+    teacher, pairs = tmp_path / "teacher.safetensors", tmp_path / "pairs"
+    write_tensors(teacher, net.state_dict(), {"kwargs": json.dumps(net.kwargs), "dataset": "edm"})
+    options = {"dataset": "edm", "teacher": str(teacher), "device": "cpu"}
+    make_pairs.main(pairs_config(**options, num_pairs=1, steps=1, out=pairs))
+    options = {"teacher": str(teacher), "pairs": str(pairs)}
+    lpips = tiny_config(options, tmp_path / "run", dataset="edm", steps=1)
+    refused(lambda: train.main(lpips), "1 or 3 channels; add --distance l2")
+    assert not (tmp_path / "run").exists()
+    train.main(replace(lpips, distance="l2"))
+    result = run_here(
+        "evaluate.py", "--checkpoint", tmp_path / "run", "--samples", 2, "--reference", "none.npz",
+    )  # fmt: skip
+    fails_in_one_line(result, "FID needs images of 1 or 3 channels")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp", "ppm", "tiff", "TIF"])
+def test_images_that_pillow_reads(tmp_path, kind):
+    image = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    for k in range(2):
+        lossless = {"lossless": True} if kind == "webp" else {}
+        Image.fromarray(image).save(tmp_path / f"{k}.{kind}", **lossless)
+    first, _ = list_images(tmp_path)
+    found = read_image(first).permute(1, 2, 0).numpy()
+    assert (found == image).all() or kind == "jpeg"
+
+
+@pytest.mark.parametrize("kind", ["gif", "jp2", "eps"])
+def test_images_that_would_be_left_out(tmp_path, kind):
+    """FID would be that of the others. (Pillow would run Ghostscript on an EPS file.)"""
+    for name in ("a.png", "b.png", f"c.{kind}"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    refused(lambda: list_images(tmp_path), f"1 files such as c.{kind}", "convert or move")
+
+
+def test_transparency_in_any_form(tmp_path):
+    image = Image.new("RGB", (8, 8), (255, 255, 255))
+    image.putpixel((0, 0), (0, 0, 0))
+    image.save(tmp_path / "plain.png")
+    image.quantize(4).save(tmp_path / "palette.png")
+    for name in ("plain", "palette"):
+        assert read_image(tmp_path / f"{name}.png").shape == (3, 8, 8)
+    image.save(tmp_path / "a.png", transparency=(255, 255, 255))
+    image.quantize(4).save(tmp_path / "b.png", transparency=0)
+    image.convert("L").save(tmp_path / "c.png", transparency=255)
+    Image.new("RGBA", (8, 8)).save(tmp_path / "d.webp")
+    for path in sorted(tmp_path.glob("?.*")):
+        refused(lambda path=path: read_image(path), str(path), "transparent pixels; convert it")
+
+
+def test_fid_is_a_number_from_0_on(tmp_path):
+    features = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
+    for scale in (1, 3, 10, 100):
+        statistics = mean_and_covariance(features * scale)
+        assert f"{frechet_distance(*statistics, *statistics):.2f}" == "0.00"
+    mu, sigma = np.zeros(FEATURES), np.zeros((FEATURES, FEATURES))
+    for name, value in {"mu": mu, "sigma": sigma}.items():
+        value[..., 7] = np.nan
+        np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma)
+        value[..., 7] = 0
+        what = f"{name} holds NaN or infinity"
+        refused(lambda: read_reference(tmp_path / "ref.npz", None, 1, None, 1), what)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stable Diffusion's folders
+
+
+def equal(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Assert that two networks have the same names and bits."""
+    found, expected = found.state_dict(), expected.state_dict()
+    assert found.keys() == expected.keys() and all(found[k].equal(expected[k]) for k in found)
+
+
+@pytest.mark.parametrize("merges", [list, " ".join])  # of newer files, of older ones
+def test_a_tokenizer_in_one_file(sd, merges):
+    prompts, tokenizer = ["The cat's 12 dogs!", "##"], sd / "tokenizer"
+    expected = load_sd(sd, ["text_encoder"]).tokenizer(prompts)
+    lines = (tokenizer / "merges.txt").read_text().splitlines()[1:]
+    model = {"type": "BPE", "vocab": json.loads((tokenizer / "vocab.json").read_text())}
+    model["merges"] = [merges(line.split(" ")) for line in lines]
+    (tokenizer / "tokenizer.json").write_text(json.dumps({"model": model}))
+    for name in ("vocab.json", "merges.txt"):
+        (tokenizer / name).unlink()
+    assert load_sd(sd, ["text_encoder"]).tokenizer(prompts).equal(expected)
+    del model["merges"][0]
+    (tokenizer / "tokenizer.json").write_text(json.dumps({"model": model}))
+    refused(lambda: load_sd(sd, ["text_encoder"]), "tokenizer.json does not match its merges")
+
+
+def test_a_learnt_token(sd):
+    path = sd / "text_encoder/model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("token_embedding.weight"))
+    tensors[name] = torch.cat([tensors[name], torch.ones(1, 20)])
+    save_file(tensors, path)
+    change(sd / "text_encoder/config.json", vocab_size=len(tensors[name]))
+    refused(lambda: load_sd(sd, ["text_encoder"]), "527 tokens", "526; added tokens are not")
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "words"),
+    [
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1] * 1000}, "trained_betas must"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero_snr must be"),
+        ("unet/config.json", {"flip_sin_to_cos": False}, "flip_sin_to_cos must be True"),
+        ("unet/config.json", {"attention_head_dim": [4, 4, 2, 4]}, "attention_head_dim must be"),
+        ("unet/config.json", {"layers_per_block": []}, "config"),
+        ("unet/config.json", {"sample_size": [16, 24]}, "sample_size must be like 64: [16, 24]"),
+        ("unet/config.json", {"sample_size": 20}, "sample_size must be a multiple of 8"),
+    ],
+)
+def test_configs_that_are_refused(sd, file, fields, words):
+    change(sd / file, **fields)
+    refused(lambda: load_sd(sd, ["unet"]), str(sd), words)
+
+
+def test_configs_with_lists_of_equal_numbers_and_nulls(sd):
+    expected = load_sd(sd, ["unet"]).unet
+    lists = {"attention_head_dim": [4, 4, 4, 4], "sample_size": [16, 16], "layers_per_block": [2]}
+    change(sd / "unet/config.json", **lists)
+    change(sd / "scheduler/scheduler_config.json", trained_betas=None)
+    found = load_sd(sd, ["unet"]).unet
+    equal(found, expected)
+    assert found.config == expected.config and found.image_shape == (4, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_in_several_files(sd, kind):
+    expected = load_sd_teacher(str(sd), 1.0, ["tiny"])
+    path = sd / "unet/diffusion_pytorch_model.safetensors"
+    tensors, index = load_file(path), {}
+    for part in range(3):
+        file = f"diffusion_pytorch_model-0000{part + 1}-of-00003.{kind}"
+        shard = dict(list(tensors.items())[part::3])
+        index |= dict.fromkeys(shard, file)
+        (save_file if kind == "safetensors" else torch.save)(shard, sd / "unet" / file)
+    path.unlink()
+    listed = {"metadata": {}, "weight_map": index}
+    path.with_name(f"diffusion_pytorch_model.{kind}.index.json").write_text(json.dumps(listed))
+    found = load_sd_teacher(str(sd), 1.0, ["tiny"])
+    equal(found.sd.unet, expected.sd.unet)
+
+    # Other weights in the last file make another teacher.
+    other = {name: value + 1 for name, value in shard.items()}
+    (save_file if kind == "safetensors" else torch.save)(other, sd / "unet" / file)
+    assert load_sd_teacher(str(sd), 1.0, ["tiny"]).record["sha256"] != found.record["sha256"]
+    (sd / "unet" / file).unlink()
+    refused(lambda: load_sd(sd, ["unet"]), f"holds none of unet/{file}")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_names_of_wrapped_networks(sd, part, prefix):
+    """And a VAE's attention of 1x1 convolutions."""
+    path = next((sd / part).glob("*.safetensors"))
+    expected, tensors = load_network(part, sd), load_file(path)
+    for name in tensors if part == "vae" else ():
+        if ".to_" in name and name.endswith("weight"):
+            tensors[name] = tensors[name][:, :, None, None]
+    save_file({prefix + name: value for name, value in tensors.items()}, path)
+    equal(load_network(part, path), expected)
+    if part == "unet":
+        assert is_sd_unet(path)
+
+
+@pytest.mark.parametrize("name", ["there/file", "there/none", "./none", "../none", "/none", "~/x"])
+def test_a_path_is_no_repository_of_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sd_loader.find_on_hub", lambda *_: pytest.fail("the Hub was asked"))
+    Path("there").mkdir()
+    Path("there/file").touch()
+    refused(lambda: find_file(name, "unet/config.json"), name, "neither a folder nor a Hub")
