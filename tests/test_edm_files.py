@@ -360,7 +360,8 @@ def save(path: Path, value) -> Path:
 def test_state_dicts_of_torch(tiny, tmp_path, name):
     """Bare, in wrappers (DMD2's with its other networks beside it), and a DMD checkpoint's."""
     others = {f"guidance_model.{name}": torch.zeros(3) for name in ("fake_unet.a", "cls.weight")}
-    for prefix in ("", "module.", "module.feedforward_model.", "feedforward_model.module."):
+    wrappers = ("", "module.", "module.feedforward_model.", "feedforward_model.module.")
+    for prefix in (*wrappers, "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         state = released_state(tiny, prefix) | (others if "feedforward" in prefix else {})
         net = load_edm(save(tmp_path / name, state), TABLE)
         equal(net.state_dict(), tiny)
