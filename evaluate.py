@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from plumbing import fid
-from plumbing.captions import clip_score, draw_missing, folder_fid, latency, optional, preview
+from plumbing.captions import clip_score, draw_missing, folder_fid, latency, load_judge, preview
 from plumbing.devices import AMP, Ranks, autocast, join_ranks, pick_amp
 from plumbing.digits import measure
 from plumbing.downloads import fetch
-from plumbing.drawing import to_uint8
+from plumbing.drawing import only_to_look_at, to_uint8
 from plumbing.files import file_hash, write_json
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import read_prompts, sample_noise
@@ -92,9 +92,9 @@ def complete(config: Config, workload: Workload, device: torch.device) -> Config
         raise UserError("with --captions, --rows takes student and teacher, not untrained")
     if latent and reference:  # fail now, not after hours of drawing
         fid.list_images(Path(reference))
-        optional("cleanfid", "clean-fid")
+        load_judge("clean-fid", device)
     if config.clip_score:
-        optional("open_clip", "open_clip_torch")
+        load_judge("open_clip_torch", device)
     if not (mnist or latent or reference):
         raise UserError("give the real images: --reference, a folder or an .npz of statistics")
     least = 200 if mnist else 2 if reference else 1  # mnist: a covariance of 128 features
@@ -247,7 +247,8 @@ def measure_captions(row: Row, config: Config, ranks: Ranks) -> tuple[dict, str]
     if config.clip_score:
         found["clip_score"] = clip_score(folder, config.prompts[: config.samples], ranks.device)
         text += f", CLIP score {found['clip_score']:.3f}"
-    print(f"wrote {preview(folder, config.samples)}")
+    with only_to_look_at(f"{folder}.png"):
+        print(f"wrote {preview(folder, config.samples)}")
     return found, f"{text} ({config.samples} images)"
 
 

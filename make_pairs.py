@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumbing.devices import Ranks, autocast, join_ranks, pick_amp
-from plumbing.drawing import save_grid
+from plumbing.drawing import only_to_look_at, save_grid
 from plumbing.files import file_hash, read_tensors, write_tensors
 from plumbing.options import UserError, run_script
 from plumbing.pairs import count_pairs, read_prompts, sample_noise, shards
@@ -77,6 +77,7 @@ def make_shard(
     return tensors, metadata
 
 
+@only_to_look_at("preview.png")
 @torch.no_grad()
 def draw_preview(path: Path, shard: Path, teacher: Teacher, device: torch.device) -> None:
     """Draw the first solutions y of a shard."""

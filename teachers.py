@@ -26,7 +26,7 @@ from torch import Tensor
 from dmd_loss import OneStepGenerator
 from edm_unet import SIGMA_MAX, EDMDenoiser, EDMPrecond, heun_sample
 from plumbing.devices import to
-from plumbing.downloads import fetch
+from plumbing.downloads import fetch, in_home
 from plumbing.edm_files import file_format, load_edm
 from plumbing.files import file_hash, one_line_errors, read_header, torch_load
 from plumbing.options import UserError
@@ -104,7 +104,7 @@ def load_lpips(device: torch.device) -> Callable:
 
     # The package has eps outside the root, whose gradient is infinite where features are 0.
     lpips.normalize_tensor = lambda x: x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt()
-    path = Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")
+    path = in_home(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
     url = f"https://download.pytorch.org/models/{path.name}"
     with one_line_errors(path, f"cannot be loaded; put {url} there, or use --distance l2"):
         network = lpips.LPIPS(net="vgg", verbose=False)

@@ -38,7 +38,7 @@ from dmd_loss import (
     regression_loss,
 )
 from edm_unet import EDMDenoiser, heun_sample, preconditioning
-from plumbing.drawing import draw_film, draw_panels, write_figure
+from plumbing.drawing import draw_film, draw_panels, only_to_look_at, write_figure
 from plumbing.options import Options, option, run_script
 
 MODES = torch.tensor([[-0.5, 0.0], [0.5, 0.0]])  # near, far: (2 modes, 2 axes)
@@ -251,8 +251,9 @@ def main(config: Config) -> None:
 
     write_figure(Path(config.out), draw(samples, (14, 2.2)))
     if config.film:
-        draw_film(Path(config.film), films, moments, draw)
-        print(f"wrote {config.film}")
+        with only_to_look_at(config.film):
+            draw_film(Path(config.film), films, moments, draw)
+            print(f"wrote {config.film}")
     print(f"wrote {config.out}")
 
 

@@ -35,6 +35,7 @@ from dmd_loss import (
     regression_loss,
 )
 from plumbing.devices import Ranks, autocast, join_ranks, pick_amp, share, to
+from plumbing.files import one_line_errors
 from plumbing.optim import Learner, Unfinished, average_decay
 from plumbing.options import UserError, run_script
 from plumbing.pairs import Pairs, draw_rows, sample_noise
@@ -226,6 +227,9 @@ def load_inputs(config: Workload, ranks: Ranks) -> tuple[Workload, Teacher, Pair
 
 def prepare(config: Workload, ranks: Ranks) -> Run:
     """Line 1 of Algorithm 1: G and mu_fake start as copies of the teacher."""
+    if config.compile:  # fail now, not after the first pictures
+        with one_line_errors("--compile", "cannot be used; install a C++ compiler, or omit it"):
+            torch.compile(torch.sin)(torch.ones(8, device=ranks.device))
     config, teacher, pairs, distance = load_inputs(config, ranks)
     G, mu_fake = OneStepGenerator(teacher.student()).eval(), teacher.student()
     for network in (G, mu_fake, teacher.mu_real):
@@ -301,7 +305,7 @@ def main(config: Workload) -> None:
         raise UserError(f"the ranks see different checkpoints; {out} must be on a shared disk")
     log = Log(ranks, start, config.steps, rows, [run.G.scaler, run.mu_fake.scaler])
     if start == 0 and ranks.rank == 0:
-        save_pictures(out, 0, pictures(run))
+        save_pictures(out, 0, partial(pictures, run))
     if start == config.steps and rows:
         save(run, start, log)  # in case that the last save was killed after its checkpoint
     begins = {start, *(end for end, _ in config.phases)}

@@ -12,7 +12,8 @@ def load_mnist(folder: str, train: bool) -> tuple[Tensor, Tensor]:
 
     try:
         data = MNIST(folder, train=train, download=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        text = f"put MNIST's four files into {folder}/MNIST/raw: they cannot be downloaded"
-        raise UserError(one_line(f"{text} ({error})")) from None
+    except Exception as error:  # for a web page in place of a file, a bare AssertionError
+        text = f"put MNIST's four files into {folder}/MNIST/raw: those there are damaged or"
+        text += f" cannot be downloaded ({type(error).__name__}: {error})"
+        raise UserError(one_line(text)) from None
     return data.data[:, None].float() / 127.5 - 1, torch.as_tensor(data.targets)

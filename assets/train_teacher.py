@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from assets.mnist import load_mnist
 from edm_unet import EDMPrecond, heun_sample
 from plumbing.devices import Ranks, pick_device, to
-from plumbing.drawing import save_grid
+from plumbing.drawing import only_to_look_at, save_grid
 from plumbing.files import atomic_path, write_csv, write_tensors
 from plumbing.optim import Learner
 from plumbing.options import Options, UserError, option, run_script
@@ -121,11 +121,11 @@ def main(config: Config) -> None:
             state = {name: part.state_dict() for name, part in run.items()}
             with atomic_path(out / "checkpoint.pt") as temporary:
                 torch.save(state | {"step": step + 1}, temporary)
-            z = sample_noise("pictures", 0, range(40), (1, 28, 28)).to(device)
-            digits = heun_sample(
-                learner.average.eval(), z, torch.arange(10, device=device).repeat(4)
-            )
-            save_grid(out / f"samples_{step + 1:06d}.png", digits, columns=10, scale=2)
+            with only_to_look_at(f"samples_{step + 1:06d}.png"):
+                z = sample_noise("pictures", 0, range(40), (1, 28, 28)).to(device)
+                labels_40 = torch.arange(10, device=device).repeat(4)
+                digits = heun_sample(learner.average.eval(), z, labels_40)
+                save_grid(out / f"samples_{step + 1:06d}.png", digits, columns=10, scale=2)
 
     weights = {name: value.half() for name, value in learner.average.state_dict().items()}
     metadata = {"kwargs": json.dumps(net.kwargs), "dataset": "mnist"}

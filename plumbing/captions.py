@@ -15,7 +15,6 @@ import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -80,24 +79,32 @@ def square(file: Path) -> np.ndarray:
     return np.asarray(image.crop(box).resize((SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
-def optional(module: str, package: str) -> ModuleType:
-    """Import a module of an optional package."""
+def load_judge(package: str, device: torch.device) -> tuple:
+    """What an optional package judges pictures with. It downloads the network if it is missing.
+
+    clean-fid -> Inception, what resizes its images
+    open_clip_torch -> the model, what prepares its images, its tokenizer
+    """
     try:
-        return importlib.import_module(module)
+        if package == "clean-fid":
+            fid = importlib.import_module("cleanfid.fid")
+            network = fid.build_feature_extractor("clean", device, use_dataparallel=False)
+            return network, fid.build_resizer("clean")
+        open_clip = importlib.import_module("open_clip")
+        model, _, preprocess = open_clip.create_model_and_transforms(*CLIP, device=device)
+        return model.eval(), preprocess, open_clip.get_tokenizer(CLIP[0])
     except ImportError as error:
         raise UserError(f"a package is missing: pip install {package} ({error})") from None
+    except Exception as error:  # whatever a download may raise
+        said = one_line(f"{package} cannot load its network ({type(error).__name__}: {error})")
+        raise UserError(f"{said}; check the connection, or HF_HOME") from None
 
 
 @torch.no_grad()
 def folder_fid(drawn: Path, real: Path, device: torch.device) -> float:
-    """FID between two folders of images, from clean-fid's features (it downloads its Inception).
-    The distance is ours, because clean-fid's fails with SciPy 1.18."""
-    fid = optional("cleanfid.fid", "clean-fid")
-    try:
-        network = fid.build_feature_extractor("clean", device, use_dataparallel=False)
-    except Exception as error:  # whatever a download may raise
-        raise UserError(one_line(f"clean-fid cannot load its Inception ({error})")) from None
-    resize, both = fid.build_resizer("clean"), []
+    """FID between two folders of images, from clean-fid's features. The distance is ours, because
+    clean-fid's fails with SciPy 1.18."""
+    (network, resize), both = load_judge("clean-fid", device), []
     for folder in (drawn, real):
         files, features = list_images(folder), []
         for start in tqdm(range(0, len(files), 32), desc=f"FID, {folder.name}"):
@@ -111,9 +118,7 @@ def folder_fid(drawn: Path, real: Path, device: torch.device) -> float:
 
 def clip_score(drawn: Path, captions: Sequence[str], device: torch.device) -> float:
     """The mean cosine between picture k and caption k."""
-    open_clip, total = optional("open_clip", "open_clip_torch"), 0.0
-    model, _, preprocess = open_clip.create_model_and_transforms(*CLIP, device=device)
-    model, tokenize = model.eval(), open_clip.get_tokenizer(CLIP[0])
+    (model, preprocess, tokenize), total = load_judge("open_clip_torch", device), 0.0
     for start in tqdm(range(0, len(captions), 32), desc="CLIP score"):
         texts = [f"A photo depicts {caption}" for caption in captions[start : start + 32]]
         squares = [square(picture(drawn, k)) for k in range(start, start + len(texts))]

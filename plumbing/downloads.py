@@ -33,10 +33,17 @@ def fetch(source: str) -> Path:
         raise UserError(f"{source} names no file; give the address of a file")
     # One folder per address, because many files are called pytorch_model.bin.
     folder = hashlib.sha256(source.encode()).hexdigest()[:8]
-    path = Path(os.environ.get("DMD_CACHE") or Path.home() / ".cache" / "dmd") / folder / name
+    path = in_home(os.environ.get("DMD_CACHE") or "~/.cache/dmd") / folder / name
     if not path.exists():
         download(source, path)
     return path
+
+
+def in_home(folder: str) -> Path:
+    """A folder for downloads; `~` at its start is the user's home."""
+    if (path := os.path.expanduser(folder)).startswith("~"):  # a container's user may have none
+        raise UserError("no home folder; set HOME, or each of DMD_CACHE, HF_HOME and TORCH_HOME")
+    return Path(path)
 
 
 def find_on_hub(repo: str, names: Sequence[str]) -> Path:
@@ -44,21 +51,26 @@ def find_on_hub(repo: str, names: Sequence[str]) -> Path:
     if repo.count("/") != 1 or not any(names):
         what = "neither a local folder nor a Hub repository (owner/name)"
         raise UserError(f"{repo} is {what}; a file on the Hub is hf://owner/name/file")
-    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache  # slow to import
+    from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache  # slow
 
-    offline = False
+    in_home(constants.HF_HUB_CACHE)
+    reason = None
     for name in names:
         try:
             if isinstance(cached := try_to_load_from_cache(repo, name), str):
                 return Path(cached)
-            return Path(hf_hub_download(repo, name, local_files_only=offline))
-        except errors.EntryNotFoundError as error:
-            offline = isinstance(error, errors.LocalEntryNotFoundError)  # wait only once
-        except (OSError, ValueError) as error:  # no such name, no such repository, a full disk
-            what = f"{repo} is not a local folder, and the Hub says: {error}"
-            raise UserError(one_line(what, 300)) from None
-    what = f"{repo} is not a local folder, and the Hub gives none of {', '.join(names)}"
-    raise UserError(f"{what}; check the name and the network")
+            return Path(hf_hub_download(repo, name, local_files_only=reason is not None))
+        except errors.LocalEntryNotFoundError as error:
+            reason = reason or error.__cause__ or error  # the others may be cached: wait only once
+        except errors.EntryNotFoundError:
+            continue
+        except Exception as error:  # no such repository, a full disk, a lost connection
+            reason = error
+            break
+    said = f"says: {str(reason) or repr(reason)}" if reason else f"gives none of {', '.join(names)}"
+    said = one_line(f"{repo} is not a local folder, and the Hub {said}", 400)
+    remedy = "check the name and the network, or try later; gated repositories need HF_TOKEN"
+    raise UserError(f"{said}; {remedy}")
 
 
 def download(url: str, path: Path, sha256: str = "") -> None:

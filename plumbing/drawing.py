@@ -1,8 +1,9 @@
 """Pictures: grids, films, curves, and Figure 3."""
 
+import contextlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +12,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumbing.files import atomic_path
-from plumbing.options import UserError
+from plumbing.options import UserError, one_line
+
+
+@contextlib.contextmanager
+def only_to_look_at(name: str) -> Iterator[None]:
+    """Whatever goes wrong while this is drawn and written is printed, and the work goes on."""
+    try:
+        yield
+    except Exception as error:  # of Pillow, matplotlib, the disk, the GPU
+        tqdm.write(one_line(f"{name} cannot be written ({type(error).__name__}: {error})"))
 
 
 def write_figure(path: Path, figure) -> None:
@@ -49,6 +59,7 @@ def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int
         picture.save(temporary, format="PNG")
 
 
+@only_to_look_at("curves.png")
 def draw_curves(path: Path, rows: list[dict]) -> None:
     """Plot every logged scalar except the learning rate against the step."""
     from matplotlib.figure import Figure  # imported late, see options.py

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from plumbing.devices import Ranks
-from plumbing.downloads import download
+from plumbing.downloads import download, in_home
 from plumbing.files import one_line_errors, torch_load
 from plumbing.options import UserError
 
@@ -59,7 +59,7 @@ def inception(device: torch.device | str) -> nn.Module:
     weights are downloaded to torch hub's folder if they are missing (let rank 0 go first)."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    path = in_home(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if not path.exists():
         download(INCEPTION_URL, path, INCEPTION_HASH)
     with one_line_errors(path):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import logging
 import operator
@@ -136,8 +137,29 @@ def parse_numbers(text: str, name: str) -> list[int]:
     return [n for span in spans for n in span]
 
 
+def never_raise(stream: typing.TextIO) -> None:
+    """Printing to a stream shall never end the work: what it cannot encode is escaped, and what is
+    written after its reader has gone, or its disk is full, is lost."""
+
+    def attempt(call, *arguments):
+        try:
+            return call(*arguments)
+        except OSError:  # nor shall the end of the process, which writes what is buffered
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    stream.reconfigure(errors="backslashreplace")
+    for name in ("write", "flush"):
+        setattr(stream, name, functools.partial(attempt, getattr(stream, name)))
+
+
 def run_script(main: Callable, make: Callable, doc: str, flags: str | None = None):
     """Call main with what `parse` returns. A UserError becomes one line and exit code 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it is closed
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", errors="replace"))
+        elif stream := getattr(sys, f"__{name}__"):  # not a notebook's own
+            never_raise(stream)
+    os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here, and none is needed
     try:
         main(parse(make, doc, flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from plumbing import files
 from plumbing.devices import Ranks
-from plumbing.drawing import draw_curves, save_grid, write_film
+from plumbing.drawing import draw_curves, only_to_look_at, save_grid, write_film
 from plumbing.options import UserError
 
 SCALARS = ["loss_kl", "loss_reg", "loss_denoise", "grad_norm_G", "grad_norm_fake"]
@@ -118,17 +118,20 @@ def save_run(
     if unet_config:
         save_unet_folder(out, unet_config)
     draw_curves(out / "curves.png", rows)
-    save_pictures(out, step, draw())
+    save_pictures(out, step, draw)
     if film:
         save_film(out)
 
 
-def save_pictures(out: Path, step: int, bands: list[Tensor]) -> None:
+@only_to_look_at("samples_STEP.png")
+def save_pictures(out: Path, step: int, draw: Callable[[], list[Tensor]]) -> None:
     """Write samples_STEP.png: one row of images per band, (N, C, H, W) in [-1, 1] each."""
+    bands = draw()
     scale = max(1, 64 // bands[0].shape[-1])
     save_grid(out / f"samples_{step:06d}.png", torch.cat(bands), len(bands[0]), scale)
 
 
+@only_to_look_at("training.gif")
 def save_film(out: Path) -> None:
     """Write training.gif: every samples_STEP.png in turn, at most 640 pixels wide or high."""
     frames = []
@@ -139,6 +142,7 @@ def save_film(out: Path) -> None:
     write_film(out / "training.gif", frames)
 
 
+@only_to_look_at("unet/")
 def save_unet_folder(out: Path, config: dict) -> None:
     """Write unet/ for diffusers' UNet2DConditionModel.from_pretrained: the config under diffusers'
     names, and generator.safetensors as a link or, on a file system without links, as a copy."""
