@@ -54,21 +54,21 @@ def find_on_hub(repo: str, names: Sequence[str]) -> Path:
     from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache  # slow
 
     in_home(constants.HF_HUB_CACHE)
-    reason = None
+    said, offline = f"gives none of {', '.join(names)}", False
     for name in names:
         try:
             if isinstance(cached := try_to_load_from_cache(repo, name), str):
                 return Path(cached)
-            return Path(hf_hub_download(repo, name, local_files_only=reason is not None))
+            return Path(hf_hub_download(repo, name, local_files_only=offline))
         except errors.LocalEntryNotFoundError as error:
-            reason = reason or error.__cause__ or error  # the others may be cached: wait only once
+            said += "" if offline else f" ({error.__cause__ or error})"
+            offline = True  # wait only once
         except errors.EntryNotFoundError:
             continue
         except Exception as error:  # no such repository, a full disk, a lost connection
-            reason = error
+            said = f"says: {str(error) or repr(error)}"
             break
-    said = f"says: {str(reason) or repr(reason)}" if reason else f"gives none of {', '.join(names)}"
-    said = one_line(f"{repo} is not a local folder, and the Hub {said}", 400)
+    said = one_line(f"{repo} is not a local folder, and the Hub {said}")
     remedy = "check the name and the network, or try later; gated repositories need HF_TOKEN"
     raise UserError(f"{said}; {remedy}")
 

@@ -119,8 +119,14 @@ def of_the_hub(cause: Exception) -> Exception:
     [
         (LostConnection("received 5 of\n9 bytes"), "the Hub says: received 5 of 9 bytes; check"),
         (LostConnection(), "the Hub says: LostConnection(); check"),
-        (of_the_hub(OSError("503 Unavailable")), "the Hub says: 503 Unavailable; check"),
-        (of_the_hub(OSError("429 Too Many")), "the Hub says: 429 Too Many; check"),
+        (
+            of_the_hub(OSError("503 Unavailable")),
+            "the Hub gives none of one, two (503 Unavailable); check",
+        ),
+        (
+            of_the_hub(OSError("429 Too Many")),
+            "the Hub gives none of one, two (429 Too Many); check",
+        ),
     ],
 )
 def test_a_hub_that_fails(monkeypatch, error, said):
