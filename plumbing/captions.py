@@ -80,11 +80,8 @@ def square(file: Path) -> np.ndarray:
 
 
 def load_judge(package: str, device: torch.device) -> tuple:
-    """What an optional package judges pictures with. It downloads the network if it is missing.
-
-    clean-fid -> Inception, what resizes its images
-    open_clip_torch -> the model, what prepares its images, its tokenizer
-    """
+    """A network of an optional package, downloaded once, and what prepares its images; for
+    "open_clip_torch", not for "clean-fid", also its tokenizer."""
     try:
         if package == "clean-fid":
             fid = importlib.import_module("cleanfid.fid")

@@ -60,17 +60,14 @@ def find_on_hub(repo: str, names: Sequence[str]) -> Path:
             if isinstance(cached := try_to_load_from_cache(repo, name), str):
                 return Path(cached)
             return Path(hf_hub_download(repo, name, local_files_only=offline))
-        except errors.LocalEntryNotFoundError as error:
-            said += "" if offline else f" ({error.__cause__ or error})"
-            offline = True  # wait only once
-        except errors.EntryNotFoundError:
-            continue
+        except errors.EntryNotFoundError as error:
+            if isinstance(error, errors.LocalEntryNotFoundError) and not offline:
+                offline, said = True, f"{said} ({error.__cause__ or error})"  # wait only once
         except Exception as error:  # no such repository, a full disk, a lost connection
             said = f"says: {str(error) or repr(error)}"
             break
     said = one_line(f"{repo} is not a local folder, and the Hub {said}")
-    remedy = "check the name and the network, or try later; gated repositories need HF_TOKEN"
-    raise UserError(f"{said}; {remedy}")
+    raise UserError(f"{said}; check the name and the network, or try later; gated: set HF_TOKEN")
 
 
 def download(url: str, path: Path, sha256: str = "") -> None:

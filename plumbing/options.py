@@ -159,7 +159,7 @@ def run_script(main: Callable, make: Callable, doc: str, flags: str | None = Non
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", errors="replace"))
         elif stream := getattr(sys, f"__{name}__"):  # not a notebook's own
             never_raise(stream)
-    os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here, and none is needed
+    os.environ.pop("MPLBACKEND", None)  # a notebook's may not exist here, and none is needed
     try:
         main(parse(make, doc, flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
