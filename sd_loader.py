@@ -333,8 +333,7 @@ class CLIPTokenizer:
                 merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
             else:
                 vocab, merges = models.BPE.read_file(str(vocab_file), str(merges_file))
-        self.size = len(vocab)
-        if self.size != 2 * 256 + len(merges) + 2:  # all bytes, twice; start, end
+        if len(vocab) != 2 * 256 + len(merges) + 2:  # all bytes, twice; start, end
             raise UserError(f"{vocab_file} does not match its merges; replace both")
         self.start, self.end = vocab[self.START], vocab[self.END]
         self.bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
@@ -613,30 +612,26 @@ def load_sd(
     if sd.text_encoder:
         names, either = ("tokenizer/vocab.json", "tokenizer/merges.txt"), "tokenizer/tokenizer.json"
         sd.tokenizer = CLIPTokenizer(*(find_file(source, name, either) for name in names))
-        if (rows := len(sd.text_encoder.text_model.embeddings[0].weight)) != sd.tokenizer.size:
-            what = f"{source}: its text encoder knows {rows} tokens, but its vocabulary has"
-            raise UserError(f"{what} {sd.tokenizer.size}; added tokens are not supported")
+        size, rows = sd.tokenizer.bpe.get_vocab_size(), sd.text_encoder.text_model.embeddings[0]
+        if size != len(rows.weight):
+            raise UserError(f"{source}: tokens were added to CLIP's {size}; this is unsupported")
     return sd
 
 
 def load_network(part: str, source: str | Path, config: dict | None = None) -> nn.Module:
     """Load one of NETWORKS in float32, from a source as for load_sd or a weights file. `config`
     replaces the config.json beside the weights. Missing fields are SD v1.5's."""
-    files, config_file = find_weights(part, source)
+    weights_file, config_file = find_weights(part, source)
     if config is None:
         config = read_config(config_file) if config_file else {}
-    with one_line_errors(files[0]), torch.device("meta"):
-        for field, like in SD15[part].items():
-            value = config.get(field)
-            if type(like) is int and isinstance(value, list) and value and value[1:] == value[:-1]:
-                config = config | {field: value[0]}  # the same number for each side or resolution
+    with one_line_errors(weights_file), torch.device("meta"):
         net = NETWORKS[part](SD15[part] | config)  # no memory: it takes over the file's tensors
-    load_strictly(net, read_weights(part, files), files[0], assign=True)
+    load_strictly(net, read_weights(part, weights_file), weights_file, assign=True)
     for field, like in SD15[part].items():
         if type(value := config.get(field, like)) is not type(like):
-            raise UserError(f"{files[0]}: its config's {field} must be like {like}: {value!r}")
+            raise UserError(f"{weights_file}: its config's {field} must be like {like}: {value!r}")
     if part == "unet" and net.image_shape[1] % (factor := 2 ** (len(net.down_blocks) - 1)):
-        raise UserError(f"{files[0]}: its config's sample_size must be a multiple of {factor}")
+        raise UserError(f"{weights_file}: its config's sample_size must be a multiple of {factor}")
     return net.eval().requires_grad_(part == "unet")
 
 
@@ -657,22 +652,16 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def find_weights(part: str, source: str | Path) -> tuple[list[Path], Path | None]:
-    """The files of a network's weights, and its config.json; None if a file has none beside it."""
+def find_weights(part: str, source: str | Path) -> tuple[Path, Path | None]:
+    """The weights and the config.json of a network; None if a weights file has none beside it."""
     if Path(source).is_file():
         beside = Path(source).with_name("config.json")
-        return [Path(source)], beside if beside.is_file() else None
+        return Path(source), beside if beside.is_file() else None
     kinds = ("diffusion_pytorch_model{}.safetensors", "diffusion_pytorch_model{}.bin")
     if part == "text_encoder":  # transformers' names instead of diffusers'
         kinds = ("model{}.safetensors", "pytorch_model{}.bin")
     names = [f"{part}/{kind.format(precision)}" for precision in ("", ".fp16") for kind in kinds]
-    names += [f"{part}/{kind.format('')}.index{p}.json" for p in ("", ".fp16") for kind in kinds]
-    files, config_file = [find_file(source, *names)], find_file(source, f"{part}/config.json")
-    if (index := files[0]).suffix == ".json":
-        with one_line_errors(index):
-            shards = sorted({*read_json(index)["weight_map"].values()})
-        files = [find_file(source, f"{part}/{name}") for name in shards]
-    return files, config_file
+    return find_file(source, *names), find_file(source, f"{part}/config.json")
 
 
 def find_file(source: str | Path, *names: str) -> Path:
@@ -686,7 +675,7 @@ def find_file(source: str | Path, *names: str) -> Path:
     for name in names:
         if (path := Path(source, name)).is_file():
             return path
-    raise UserError(f"{source} holds none of {', '.join(names)}; complete the folder")
+    raise UserError(f"{source} holds none of {', '.join(names)}; complete it (no split weights)")
 
 
 # Tensors in the released files that are not needed; older names in the VAE's attention.
@@ -694,22 +683,21 @@ NOT_NEEDED = ("encoder.", "quant_conv.", "text_model.embeddings.position_ids")
 OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def read_weights(part: str, files: Sequence[Path]) -> dict[str, Tensor]:
-    """Read .safetensors or .bin files -> the tensors that are needed, under our names, float32."""
+def read_weights(part: str, path: Path) -> dict[str, Tensor]:
+    """Read a .safetensors or .bin file -> the tensors that are needed, under our names, float32."""
     tensors = {}
-    for path in files:
-        with one_line_errors(path):
-            found = read_tensors(path)[0] if path.suffix == ".safetensors" else torch_load(path)
-            for name, tensor in found.items():
-                name = name.replace("_orig_mod.", "").removeprefix("module.")  # compiled, in DDP
-                if part == "text_encoder":
-                    name = "text_model." + name.removeprefix("text_model.")  # newer files omit it
-                for older, newer in OLDER.items():
-                    name = name.replace(f".{older}.", f".{newer}.")
-                if not name.startswith(NOT_NEEDED):
-                    tensor = torch.as_tensor(tensor)  # an error if it is none
-                    convolution = ".to_" in name and tensor.ndim == 4  # 1x1, in other VAEs
-                    tensors[name] = tensor.flatten(1) if convolution else tensor
+    with one_line_errors(path):
+        found = read_tensors(path)[0] if path.suffix == ".safetensors" else torch_load(path)
+        for name, tensor in found.items():
+            name = name.replace("_orig_mod.", "").removeprefix("module.")  # compiled, in DDP
+            if part == "text_encoder":
+                name = "text_model." + name.removeprefix("text_model.")  # newer files omit it
+            for older, newer in OLDER.items():
+                name = name.replace(f".{older}.", f".{newer}.")
+            if not name.startswith(NOT_NEEDED):
+                tensor = torch.as_tensor(tensor)  # an error if it is none
+                convolution = ".to_" in name and tensor.ndim == 4  # 1x1, in other VAEs
+                tensors[name] = tensor.flatten(1) if convolution else tensor
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
@@ -767,5 +755,5 @@ def load_sd_teacher(source: str, guidance: float, decoders: Sequence, with_unet=
     sd = load_sd(source, ["unet", *parts] if with_unet else parts)
     record = {"name": source}
     if with_unet:
-        record["sha256"] = "-".join(map(file_hash, find_weights("unet", source)[0]))
+        record["sha256"] = file_hash(find_weights("unet", source)[0])
     return SDTeacher(sd, record, guidance, decoders[0])

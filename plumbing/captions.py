@@ -80,8 +80,7 @@ def square(file: Path) -> np.ndarray:
 
 
 def load_judge(package: str, device: torch.device) -> tuple:
-    """A network of an optional package, downloaded once, and what prepares its images; for
-    "open_clip_torch", not for "clean-fid", also its tokenizer."""
+    """A network of an optional package, what prepares its images and, for OpenCLIP, a tokenizer."""
     try:
         if package == "clean-fid":
             fid = importlib.import_module("cleanfid.fid")
@@ -93,8 +92,7 @@ def load_judge(package: str, device: torch.device) -> tuple:
     except ImportError as error:
         raise UserError(f"a package is missing: pip install {package} ({error})") from None
     except Exception as error:  # whatever a download may raise
-        said = one_line(f"{package} cannot load its network ({type(error).__name__}: {error})")
-        raise UserError(f"{said}; check the connection, or HF_HOME") from None
+        raise UserError(one_line(f"{package} cannot load its weights: HF_HOME? ({error!r})")) from None
 
 
 @torch.no_grad()

@@ -118,10 +118,10 @@ def read_reference(
         tensors = {k: torch.from_numpy(archive[k]) for k in ("mu", "sigma") if k in archive}
     for name, shape in (("mu", (FEATURES,)), ("sigma", (FEATURES, FEATURES))):
         found = tuple(tensors[name].shape) if name in tensors else "missing"
+        if found == shape and not tensors[name].isfinite().all():
+            found = "NaN or infinite"
         if found != shape:
             raise UserError(f"{path}: {name} is {found} instead of {shape}; use Inception's")
-        if not tensors[name].isfinite().all():
-            raise UserError(f"{path}: {name} holds NaN or infinity; make the file again")
     return tensors["mu"].double(), tensors["sigma"].double()
 
 
@@ -130,8 +130,7 @@ def list_images(folder: Path) -> list[Path]:
     known = Image.registered_extensions()  # {".jpg": "JPEG", ...}
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known)
     if other := [p for p in files if known[p.suffix.lower()] not in FORMATS]:
-        what = f"{folder} holds {len(other)} files such as {other[0].name}"
-        raise UserError(f"{what}, and FID reads {', '.join(FORMATS)}; convert or move them")
+        raise UserError(f"{other[0]}: FID reads {', '.join(FORMATS)}; convert or move such files")
     if len(files) < 2:
         raise UserError(f"{folder} holds {len(files)} images; FID needs at least 2")
     return files
@@ -155,6 +154,5 @@ def read_image(path: Path) -> Tensor:
     with one_line_errors(path), Image.open(path, formats=FORMATS) as image:
         # 16 bits would be clipped, transparency lost.
         if image.mode not in ("L", "P", "RGB") or image.has_transparency_data:
-            what = f"{path} has mode {image.mode} or transparent pixels"
-            raise UserError(f"{what}; convert it to RGB or delete it")
+            raise UserError(f"{path} has mode {image.mode} or transparency; convert it to RGB")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

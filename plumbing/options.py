@@ -138,8 +138,7 @@ def parse_numbers(text: str, name: str) -> list[int]:
 
 
 def never_raise(stream: typing.TextIO) -> None:
-    """Printing to a stream shall never end the work: what it cannot encode is escaped, and what is
-    written after its reader has gone, or its disk is full, is lost."""
+    """Printing never ends the work: odd characters are escaped, and what no one reads is lost."""
 
     def attempt(call, *arguments):
         try:
@@ -154,11 +153,8 @@ def never_raise(stream: typing.TextIO) -> None:
 
 def run_script(main: Callable, make: Callable, doc: str, flags: str | None = None):
     """Call main with what `parse` returns. A UserError becomes one line and exit code 2."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it is closed
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", errors="replace"))
-        elif stream := getattr(sys, f"__{name}__"):  # not a notebook's own
-            never_raise(stream)
+    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):  # None: closed
+        never_raise(stream)
     os.environ.pop("MPLBACKEND", None)  # a notebook's may not exist here, and none is needed
     try:
         main(parse(make, doc, flags))
