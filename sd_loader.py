@@ -624,12 +624,12 @@ def load_network(part: str, source: str | Path, config: dict | None = None) -> n
     weights_file, config_file = find_weights(part, source)
     if config is None:
         config = read_config(config_file) if config_file else {}
-    with one_line_errors(weights_file), torch.device("meta"):
-        net = NETWORKS[part](SD15[part] | config)  # no memory: it takes over the file's tensors
-    load_strictly(net, read_weights(part, weights_file), weights_file, assign=True)
     for field, like in SD15[part].items():
         if type(value := config.get(field, like)) is not type(like):
             raise UserError(f"{weights_file}: its config's {field} must be like {like}: {value!r}")
+    with one_line_errors(weights_file), torch.device("meta"):
+        net = NETWORKS[part](SD15[part] | config)  # no memory: it takes over the file's tensors
+    load_strictly(net, read_weights(part, weights_file), weights_file, assign=True)
     if part == "unet" and net.image_shape[1] % (factor := 2 ** (len(net.down_blocks) - 1)):
         raise UserError(f"{weights_file}: its config's sample_size must be a multiple of {factor}")
     return net.eval().requires_grad_(part == "unet")
@@ -695,9 +695,8 @@ def read_weights(part: str, path: Path) -> dict[str, Tensor]:
             for older, newer in OLDER.items():
                 name = name.replace(f".{older}.", f".{newer}.")
             if not name.startswith(NOT_NEEDED):
-                tensor = torch.as_tensor(tensor)  # an error if it is none
-                convolution = ".to_" in name and tensor.ndim == 4  # 1x1, in other VAEs
-                tensors[name] = tensor.flatten(1) if convolution else tensor
+                tensor = torch.as_tensor(tensor)  # an error if it is none; other VAEs: 1x1 conv.
+                tensors[name] = tensor.flatten(1) if ".to_" in name and tensor.ndim > 2 else tensor
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 

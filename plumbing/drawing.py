@@ -50,9 +50,8 @@ def save_grid(path: Path, images: Tensor, columns: int, scale: int = 1, gap: int
     between them: their first three channels or the first one. `scale` magnifies the picture."""
     from torchvision.utils import make_grid  # slow to import
 
-    channels = 3 if images.shape[1] >= 3 else 1
-    grid = make_grid(to_uint8(images[:, :channels].detach().cpu()), columns, gap, pad_value=200)
-    grid = grid[:channels]  # make_grid turns one channel into three
+    images = to_uint8(images[:, : 3 if images.shape[1] >= 3 else 1].detach().cpu())
+    grid = make_grid(images, columns, gap, pad_value=200)[: images.shape[1]]  # not three for one
     picture = Image.fromarray(grid.permute(1, 2, 0).squeeze(2).numpy())
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     with atomic_path(path) as temporary:

@@ -118,10 +118,9 @@ def read_reference(
         tensors = {k: torch.from_numpy(archive[k]) for k in ("mu", "sigma") if k in archive}
     for name, shape in (("mu", (FEATURES,)), ("sigma", (FEATURES, FEATURES))):
         found = tuple(tensors[name].shape) if name in tensors else "missing"
-        if found == shape and not tensors[name].isfinite().all():
-            found = "NaN or infinite"
-        if found != shape:
-            raise UserError(f"{path}: {name} is {found} instead of {shape}; use Inception's")
+        if found != shape or not tensors[name].isfinite().all():
+            what = f"{path}: {name} is {found} instead of {shape}, or not finite"
+            raise UserError(f"{what}; use Inception's")
     return tensors["mu"].double(), tensors["sigma"].double()
 
 

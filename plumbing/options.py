@@ -153,8 +153,11 @@ def never_raise(stream: typing.TextIO) -> None:
 
 def run_script(main: Callable, make: Callable, doc: str, flags: str | None = None):
     """Call main with what `parse` returns. A UserError becomes one line and exit code 2."""
-    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):  # None: closed
-        never_raise(stream)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it is closed
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", errors="replace"))
+        elif stream := getattr(sys, f"__{name}__"):  # not a notebook's own
+            never_raise(stream)
     os.environ.pop("MPLBACKEND", None)  # a notebook's may not exist here, and none is needed
     try:
         main(parse(make, doc, flags))

@@ -27,7 +27,7 @@ from plumbing.fid import (
 )
 from plumbing.files import write_tensors
 from plumbing.options import UserError
-from sd_loader import find_file, load_network, load_sd, load_sd_teacher
+from sd_loader import find_file, load_network, load_sd
 from teachers import is_sd_unet
 
 
@@ -134,7 +134,7 @@ def test_images_that_would_be_left_out(tmp_path, kind):
     """FID would be that of the others. (Pillow would run Ghostscript on an EPS file.)"""
     for name in ("a.png", "b.png", f"c.{kind}"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    refused(lambda: list_images(tmp_path), f"1 files such as c.{kind}", "convert or move")
+    refused(lambda: list_images(tmp_path), f"c.{kind}: FID reads PNG, ", "convert or move")
 
 
 def test_transparency_in_any_form(tmp_path):
@@ -149,7 +149,7 @@ def test_transparency_in_any_form(tmp_path):
     image.convert("L").save(tmp_path / "c.png", transparency=255)
     Image.new("RGBA", (8, 8)).save(tmp_path / "d.webp")
     for path in sorted(tmp_path.glob("?.*")):
-        refused(lambda path=path: read_image(path), str(path), "transparent pixels; convert it")
+        refused(lambda path=path: read_image(path), str(path), "or transparency; convert it")
 
 
 def test_fid_is_a_number_from_0_on(tmp_path):
@@ -162,7 +162,7 @@ def test_fid_is_a_number_from_0_on(tmp_path):
         value[..., 7] = np.nan
         np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma)
         value[..., 7] = 0
-        what = f"{name} holds NaN or infinity"
+        what = f"{name} is {value.shape} instead of {value.shape}, or not finite"
         refused(lambda: read_reference(tmp_path / "ref.npz", None, 1, None, 1), what)
 
 
@@ -199,7 +199,7 @@ def test_a_learnt_token(sd):
     tensors[name] = torch.cat([tensors[name], torch.ones(1, 20)])
     save_file(tensors, path)
     change(sd / "text_encoder/config.json", vocab_size=len(tensors[name]))
-    refused(lambda: load_sd(sd, ["text_encoder"]), "527 tokens", "526; added tokens are not")
+    refused(lambda: load_sd(sd, ["text_encoder"]), "tokens were added to CLIP's 526")
 
 
 @pytest.mark.parametrize(
@@ -219,38 +219,15 @@ def test_configs_that_are_refused(sd, file, fields, words):
     refused(lambda: load_sd(sd, ["unet"]), str(sd), words)
 
 
-def test_configs_with_lists_of_equal_numbers_and_nulls(sd):
-    expected = load_sd(sd, ["unet"]).unet
-    lists = {"attention_head_dim": [4, 4, 4, 4], "sample_size": [16, 16], "layers_per_block": [2]}
-    change(sd / "unet/config.json", **lists)
-    change(sd / "scheduler/scheduler_config.json", trained_betas=None)
-    found = load_sd(sd, ["unet"]).unet
-    equal(found, expected)
-    assert found.config == expected.config and found.image_shape == (4, 16, 16)
+def test_configs_with_lists(sd):
+    """Of a number for each resolution, as newer models have."""
+    change(sd / "unet/config.json", attention_head_dim=[4, 4, 4, 4])
+    refused(lambda: load_sd(sd, ["unet"]), "attention_head_dim must be like 8: [4, 4, 4, 4]")
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_weights_in_several_files(sd, kind):
-    expected = load_sd_teacher(str(sd), 1.0, ["tiny"])
-    path = sd / "unet/diffusion_pytorch_model.safetensors"
-    tensors, index = load_file(path), {}
-    for part in range(3):
-        file = f"diffusion_pytorch_model-0000{part + 1}-of-00003.{kind}"
-        shard = dict(list(tensors.items())[part::3])
-        index |= dict.fromkeys(shard, file)
-        (save_file if kind == "safetensors" else torch.save)(shard, sd / "unet" / file)
-    path.unlink()
-    listed = {"metadata": {}, "weight_map": index}
-    path.with_name(f"diffusion_pytorch_model.{kind}.index.json").write_text(json.dumps(listed))
-    found = load_sd_teacher(str(sd), 1.0, ["tiny"])
-    equal(found.sd.unet, expected.sd.unet)
-
-    # Other weights in the last file make another teacher.
-    other = {name: value + 1 for name, value in shard.items()}
-    (save_file if kind == "safetensors" else torch.save)(other, sd / "unet" / file)
-    assert load_sd_teacher(str(sd), 1.0, ["tiny"]).record["sha256"] != found.record["sha256"]
-    (sd / "unet" / file).unlink()
-    refused(lambda: load_sd(sd, ["unet"]), f"holds none of unet/{file}")
+def test_weights_in_several_files(sd):
+    (sd / "unet/diffusion_pytorch_model.safetensors").rename(sd / "unet/part-1.safetensors")
+    refused(lambda: load_sd(sd, ["unet"]), "holds none of unet/", "(no split weights)")
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])

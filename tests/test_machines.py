@@ -185,7 +185,7 @@ def test_judges_are_loaded_before_pictures_are_drawn(tmp_path, monkeypatch, chan
         monkeypatch.setitem(sys.modules, name, stand_in)
     monkeypatch.setattr(fid, "list_images", lambda folder: [])
     config = evaluate.Config(captions=str(tmp_path / "captions.txt"), **change)
-    with pytest.raises(UserError, match=r"its network \(ValueError: broken here\); check"):
+    with pytest.raises(UserError, match=r"has no weights; check HF_HOME .*broken"):
         evaluate.complete(config, WORKLOADS["sd15"], CPU)
 
 
