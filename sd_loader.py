@@ -624,12 +624,12 @@ def load_network(part: str, source: str | Path, config: dict | None = None) -> n
     weights_file, config_file = find_weights(part, source)
     if config is None:
         config = read_config(config_file) if config_file else {}
+    with one_line_errors(weights_file, "has a damaged or unknown config"), torch.device("meta"):
+        net = NETWORKS[part](SD15[part] | config)  # no memory: it takes over the file's tensors
+    load_strictly(net, read_weights(part, weights_file), weights_file, assign=True)
     for field, like in SD15[part].items():
         if type(value := config.get(field, like)) is not type(like):
             raise UserError(f"{weights_file}: its config's {field} must be like {like}: {value!r}")
-    with one_line_errors(weights_file), torch.device("meta"):
-        net = NETWORKS[part](SD15[part] | config)  # no memory: it takes over the file's tensors
-    load_strictly(net, read_weights(part, weights_file), weights_file, assign=True)
     if part == "unet" and net.image_shape[1] % (factor := 2 ** (len(net.down_blocks) - 1)):
         raise UserError(f"{weights_file}: its config's sample_size must be a multiple of {factor}")
     return net.eval().requires_grad_(part == "unet")
