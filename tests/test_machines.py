@@ -38,7 +38,7 @@ def test_pictures_cost_no_run(small, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(module, name, broken)
     train.main(tiny_config(small, tmp_path, steps=2, save_every=1))
     assert read_tensors(tmp_path / "generator.safetensors")[1]["step"] == "2"
-    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 2
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
     lines = [line for line in capsys.readouterr().out.splitlines() if "broken" in line]
     names = ["samples_STEP.png", *["curves.png", "samples_STEP.png"] * 2, "training.gif"]
     assert lines == [f"{name} cannot be written (ValueError: broken here)" for name in names]
