@@ -90,16 +90,16 @@ def complete(config: Config, workload: Workload, device: torch.device) -> Config
         raise UserError(f"{config.captions} holds {len(prompts)} captions, not {samples}")
     if latent and "untrained" in rows:
         raise UserError("with --captions, --rows takes student and teacher, not untrained")
-    if latent and reference:  # fail now, not after hours of drawing
-        fid.list_images(Path(reference))
-        load_judge("clean-fid", device)
-    if config.clip_score:
-        load_judge("open_clip_torch", device)
     if not (mnist or latent or reference):
         raise UserError("give the real images: --reference, a folder or an .npz of statistics")
     least = 200 if mnist else 2 if reference else 1  # mnist: a covariance of 128 features
     if samples < least:
         raise UserError(f"--samples must be at least {least}, not {samples}")
+    if latent and reference:  # fail now, not after hours of drawing
+        fid.list_images(Path(reference))
+        load_judge("clean-fid", torch.device("cpu"))
+    if config.clip_score:
+        load_judge("open_clip_torch", torch.device("cpu"))
     return replace(
         config, dataset=workload.dataset, rows=rows, samples=samples, prompts=tuple(prompts),
         reference=reference, batch_size=config.batch_size or (4 if latent else 100),

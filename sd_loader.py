@@ -669,13 +669,13 @@ def find_file(source: str | Path, *names: str) -> Path:
     if names[0].startswith("tiny_vae/") and not Path(source, "tiny_vae").is_dir():
         return find_on_hub("madebyollin/taesd", [name.removeprefix("tiny_vae/") for name in names])
     if not (path := Path(source)).is_dir():
-        if path.exists() or str(source)[:1] in "./~" or Path(*path.parts[:1]).is_dir():
+        if path.exists() or str(source)[:1] in "./~":
             raise UserError(f"{source} is neither a folder nor a Hub repository (owner/name)")
         return find_on_hub(str(source), names)
     for name in names:
         if (path := Path(source, name)).is_file():
             return path
-    raise UserError(f"{source} holds none of {', '.join(names)}; complete it (no split weights)")
+    raise UserError(f"{source} holds none of {', '.join(names)}; complete it (weights: one file)")
 
 
 # Tensors in the released files that are not needed; older names in the VAE's attention.

@@ -104,7 +104,8 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
     root_1 = vectors * values.clamp(min=0).sqrt() @ vectors.T
     product = torch.linalg.eigvalsh(root_1 @ cov_2 @ root_1)
     trace = cov_1.trace() + cov_2.trace() - 2 * product.clamp(min=0).sqrt().sum()
-    return max(float((mean_1 - mean_2).square().sum() + trace), 0.0)  # rounding may give -0.00
+    distance = float((mean_1 - mean_2).square().sum() + trace)
+    return 0.0 if -1e-6 * float(cov_1.trace() + cov_2.trace()) < distance < 0 else distance
 
 
 def read_reference(
@@ -119,7 +120,7 @@ def read_reference(
     for name, shape in (("mu", (FEATURES,)), ("sigma", (FEATURES, FEATURES))):
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != shape or not tensors[name].isfinite().all():
-            what = f"{path}: {name} is {found} instead of {shape}, or not finite"
+            what = f"{path}: {name} is {found} instead of {shape} of finite numbers"
             raise UserError(f"{what}; use Inception's")
     return tensors["mu"].double(), tensors["sigma"].double()
 

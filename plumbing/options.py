@@ -143,8 +143,10 @@ def never_raise(stream: typing.TextIO) -> None:
     def attempt(call, *arguments):
         try:
             return call(*arguments)
-        except OSError:  # nor shall the end of the process, which writes what is buffered
+        except OSError as error:  # nor shall the end of the process, which writes what is buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                print(f"cannot print: {error}", file=sys.stderr)
 
     stream.reconfigure(errors="backslashreplace")
     for name in ("write", "flush"):
@@ -156,8 +158,8 @@ def run_script(main: Callable, make: Callable, doc: str, flags: str | None = Non
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it is closed
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", errors="replace"))
-        elif stream := getattr(sys, f"__{name}__"):  # not a notebook's own
-            never_raise(stream)
+        elif hasattr(stream := getattr(sys, f"__{name}__"), "reconfigure"):
+            never_raise(stream)  # not a notebook's own
     os.environ.pop("MPLBACKEND", None)  # a notebook's may not exist here, and none is needed
     try:
         main(parse(make, doc, flags))

@@ -123,12 +123,12 @@ def save_run(
         save_film(out)
 
 
-@only_to_look_at("samples_STEP.png")
 def save_pictures(out: Path, step: int, draw: Callable[[], list[Tensor]]) -> None:
     """Write samples_STEP.png: one row of images per band, (N, C, H, W) in [-1, 1] each."""
-    bands = draw()
-    scale = max(1, 64 // bands[0].shape[-1])
-    save_grid(out / f"samples_{step:06d}.png", torch.cat(bands), len(bands[0]), scale)
+    with only_to_look_at(f"samples_{step:06d}.png"):
+        bands = draw()
+        scale = max(1, 64 // bands[0].shape[-1])
+        save_grid(out / f"samples_{step:06d}.png", torch.cat(bands), len(bands[0]), scale)
 
 
 @only_to_look_at("training.gif")

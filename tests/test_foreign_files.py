@@ -162,7 +162,7 @@ def test_fid_is_a_number_from_0_on(tmp_path):
         value[..., 7] = np.nan
         np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma)
         value[..., 7] = 0
-        what = f"{name} is {value.shape} instead of {value.shape}, or not finite"
+        what = f"{name} is {value.shape} instead of {value.shape} of finite numbers"
         refused(lambda: read_reference(tmp_path / "ref.npz", None, 1, None, 1), what)
 
 
@@ -227,7 +227,7 @@ def test_configs_with_lists(sd):
 
 def test_weights_in_several_files(sd):
     (sd / "unet/diffusion_pytorch_model.safetensors").rename(sd / "unet/part-1.safetensors")
-    refused(lambda: load_sd(sd, ["unet"]), "holds none of unet/", "(no split weights)")
+    refused(lambda: load_sd(sd, ["unet"]), "holds none of unet/", "(weights: one file)")
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
@@ -245,7 +245,7 @@ def test_names_of_wrapped_networks(sd, part, prefix):
         assert is_sd_unet(path)
 
 
-@pytest.mark.parametrize("name", ["there/file", "there/none", "./none", "../none", "/none", "~/x"])
+@pytest.mark.parametrize("name", ["there/file", "./none", "../none", "/none", "~/x"])
 def test_a_path_is_no_repository_of_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sd_loader.find_on_hub", lambda *_: pytest.fail("the Hub was asked"))
