@@ -92,7 +92,7 @@ def load_judge(package: str, device: torch.device) -> tuple:
     except ImportError as error:
         raise UserError(f"a package is missing: pip install {package} ({error})") from None
     except Exception as error:  # whatever a download may raise
-        raise UserError(one_line(f"{package} cannot be loaded; see the cause ({error!r})")) from None
+        raise UserError(one_line(f"{package} cannot be loaded; see cause ({error!r})")) from None
 
 
 @torch.no_grad()

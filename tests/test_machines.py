@@ -186,7 +186,7 @@ def test_judges_are_loaded_before_pictures_are_drawn(tmp_path, monkeypatch, chan
         monkeypatch.setitem(sys.modules, name, stand_in)
     monkeypatch.setattr(fid, "list_images", lambda folder: [])
     config = evaluate.Config(captions=str(tmp_path / "captions.txt"), **change)
-    with pytest.raises(UserError, match=r"cannot be loaded; see the cause .*broken"):
+    with pytest.raises(UserError, match=r"cannot be loaded; see cause .*broken"):
         evaluate.complete(config, WORKLOADS["sd15"], CPU)
 
 
