@@ -375,11 +375,10 @@ class EDMDenoiser(nn.Module):
 
     def __init__(self, net: nn.Module, sigma_max: float = SIGMA_MAX):
         super().__init__()
-        self.net = net
+        self.net, self.z_scale = net, sigma_max
         self.register_buffer("alpha", torch.ones(T), persistent=False)
         sigma = karras_sigmas(T, sigma_max=sigma_max).float()
         self.register_buffer("sigma", sigma, persistent=False)
-        self.z_scale = float(self.sigma[-1])
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """x_t (B, C, R, R), t (B,) long in 0..999, cond (B,) long or None -> estimate of x_0."""

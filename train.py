@@ -206,6 +206,9 @@ def load_inputs(config: Workload, ranks: Ranks) -> tuple[Workload, Teacher, Pair
     that of the pairs, because both losses must use the same scale (Section 3.4)."""
     for step in (0, *(end for end, _ in config.phases)):
         split_batch(config.at(step), ranks)  # raises an error before anything is loaded
+    if config.compile:  # so does this
+        with one_line_errors("--compile", "cannot be used; install a C++ compiler, or omit it"):
+            torch.compile(torch.sin)(torch.ones(8, device=ranks.device))
     first = config.at(0).num_pairs if config.phases else None  # see begin_phase
     pairs = Pairs(Path(config.pairs), config.dataset, first)
     amp = pick_amp(config.amp, ranks.device, config.half)
@@ -225,12 +228,10 @@ def load_inputs(config: Workload, ranks: Ranks) -> tuple[Workload, Teacher, Pair
     return config, teacher, pairs, distance
 
 
-def prepare(config: Workload, ranks: Ranks) -> Run:
+def prepare(
+    ranks: Ranks, config: Workload, teacher: Teacher, pairs: Pairs, distance: Callable
+) -> Run:
     """Line 1 of Algorithm 1: G and mu_fake start as copies of the teacher."""
-    if config.compile:  # fail now, not after the first pictures
-        with one_line_errors("--compile", "cannot be used; install a C++ compiler, or omit it"):
-            torch.compile(torch.sin)(torch.ones(8, device=ranks.device))
-    config, teacher, pairs, distance = load_inputs(config, ranks)
     G, mu_fake = OneStepGenerator(teacher.student()).eval(), teacher.student()
     for network in (G, mu_fake, teacher.mu_real):
         assert not any(module.training for module in network.modules())  # dropout is off
@@ -299,7 +300,7 @@ def save(run: Run, step: int, log: Log) -> None:
 def main(config: Workload) -> None:
     """Train, or resume training, and write generator.safetensors."""
     ranks = join_ranks(config.device)
-    run, out = prepare(config, ranks), Path(config.out)
+    run, out = prepare(ranks, *load_inputs(config, ranks)), Path(config.out)
     start, rows = load_checkpoint(out, run.stateful())
     if ranks.sum(torch.tensor(start)).item() != start * ranks.count:
         raise UserError(f"the ranks see different checkpoints; {out} must be on a shared disk")

@@ -104,7 +104,8 @@ def measure(config: Config, folder: Path, workload: Workload) -> dict[str, float
         workload, batch_size=B, batch_size_ref=B, distance="l2", amp=config.amp,
         compile=config.compile, **write_inputs(folder, workload),
     )  # fmt: skip
-    run = train.prepare(workload, Ranks(0, 1, device))
+    ranks = Ranks(0, 1, device)
+    run = train.prepare(ranks, *train.load_inputs(workload, ranks))
     x = torch.randn(B, *workload.image_shape)
     classes = workload.network["label_dim"]
     cond = torch.arange(B) % classes if classes else None

@@ -21,11 +21,13 @@ import make_pairs
 import train
 from edm_unet import EDMPrecond
 from plumbing import rundir
+from plumbing.devices import Ranks
 from plumbing.drawing import draw_curves
 from plumbing.files import write_tensors
 from workloads import WORKLOADS, Workload, get_workload
 
 ROOT = Path(__file__).parent.parent
+ALONE = Ranks(0, 1, torch.device("cpu"))
 # One thread, so that two processes on one machine round alike.
 ONE_THREAD = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TINY = {"batch_size": 4, "batch_size_ref": 4, "device": "cpu"}
@@ -156,6 +158,11 @@ def tiny_config(pairs, out, **options) -> Workload:
     """A short run with the embedded teacher and its pairs, or with `small`'s."""
     where = pairs if isinstance(pairs, dict) else {"pairs": str(pairs)}
     return get_workload(out=str(out), **where, **{**TINY, "warmup": 2, **options})
+
+
+def start(config: Workload, ranks: Ranks = ALONE) -> train.Run:
+    """A Run as train.main prepares it."""
+    return train.prepare(ranks, *train.load_inputs(config, ranks))
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -11,13 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from conftest import ROOT, small_network
+from conftest import ROOT, small_network, start
 from PIL import Image
 from test_edm_files import dumps, edm_network
 
 import train
 from edm_unet import EDMPrecond
-from plumbing.devices import Ranks
 from teachers import EDMTeacher
 from workloads import WORKLOADS, get_workload
 
@@ -64,7 +63,7 @@ def test_its_loop_is_train_pys(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_teacher", lambda config: teacher)
     monkeypatch.setattr(train, "Pairs", lambda *_: pairs)
     options = {"warmup": 0, "device": "cpu", "out": str(tmp_path / "run")}
-    run = train.prepare(get_workload(**options), Ranks(0, 1, torch.device("cpu")))
+    run = start(get_workload(**options))
 
     torch.manual_seed(5)
     z = torch.randn(20, 1, 28, 28)

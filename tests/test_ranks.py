@@ -9,14 +9,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT, flags, run_on_two_ranks, scalars
+from conftest import ALONE, ONE_THREAD, ROOT, flags, run_on_two_ranks, scalars, start
 
 import train
 from plumbing.devices import Ranks
 from plumbing.options import UserError
 from workloads import get_workload
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 STEPS = 5
 OPTIONS = {"batch_size": 4, "batch_size_ref": 4, "device": "cpu", "save_every": 2}
 OPTIONS |= {"steps": STEPS, "learning_rate": 2e-2}  # 4e-4 at the first of 50 steps of warm-up
@@ -33,7 +32,7 @@ def weights(networks):
 
 def train_here(small, out, **options):
     """The run of one process -> weights before and after it, logged (STEPS, 5), the Run."""
-    run = train.prepare(config(small, out, **options), ALONE)
+    run = start(config(small, out, **options))
     networks = run.G.network, run.mu_fake.network
     before = weights(net.state_dict() for net in networks)
     logged = torch.stack([torch.stack(train.training_step(run, k)) for k in range(STEPS)])
@@ -50,8 +49,8 @@ def agree(straight, after, logged):
     their way from the teacher, and in the scalars. Other samples, or the gradient of one rank
     alone, change each of these by over a tenth."""
     before, expected, logged_expected, _ = straight
-    for start, one, two in zip(before, expected, after, strict=True):
-        assert (one - two).norm() < 0.01 * (one - start).norm()
+    for origin, one, two in zip(before, expected, after, strict=True):
+        assert (one - two).norm() < 0.01 * (one - origin).norm()
     torch.testing.assert_close(logged, logged_expected, rtol=1e-3, atol=1e-6)
 
 
@@ -84,7 +83,8 @@ SHARE = """
 import json, sys, train, workloads
 from plumbing.devices import join_ranks
 
-run = train.prepare(workloads.get_workload(**json.loads(sys.argv[1])), join_ranks("cpu"))
+ranks, config = join_ranks("cpu"), workloads.get_workload(**json.loads(sys.argv[1]))
+run = train.prepare(ranks, *train.load_inputs(config, ranks))
 train.training_step(run, 0)
 gathered = run.G.state_dict()["optimizer"].get("state", {}).values()
 held = run.G.optimizer.state.values()

@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_on_two_ranks
+from conftest import ROOT, run_on_two_ranks, start
 from PIL import Image
 from safetensors import safe_open
 from test_sd_loader import relative_error, write_sd
@@ -102,7 +102,7 @@ def call(module, options, fails=False):
 def prepare(sd, pairs, out, **options):
     """A Run as train.main prepares it."""
     options = train_options(sd, pairs, out, **options)
-    return train.prepare(get_workload(**options), join_ranks("cpu"))
+    return start(get_workload(**options), join_ranks("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files, kill_in_write, pairs_config, scalars, tiny_config
+from conftest import ALONE, ROOT, files, kill_in_write, pairs_config, scalars, start, tiny_config
 from PIL import Image
 from safetensors import SafetensorError
 from torch.amp import GradScaler
@@ -27,7 +27,6 @@ import train
 from benchmarks import cost
 from edm_unet import heun_sample
 from plumbing import rundir
-from plumbing.devices import Ranks
 from plumbing.files import one_line_errors, read_tensors
 from plumbing.optim import Learner
 from plumbing.options import UserError
@@ -36,12 +35,10 @@ from plumbing.rundir import SCALARS, Log, Signals, save_run
 from teachers import load_generator
 from workloads import get_workload
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
-
 
 def prepare(pairs, out, **options):
     """A Run as train.main prepares it."""
-    return train.prepare(tiny_config(pairs, out, **options), ALONE)
+    return start(tiny_config(pairs, out, **options))
 
 
 def same_run(first, second):

@@ -7,17 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import pairs_config, small_network
+from conftest import ALONE, pairs_config, small_network, start
 
 import dmd_loss
 import make_pairs
 import train
-from plumbing.devices import Ranks
 from plumbing.optim import Learner
 from teachers import EDMTeacher
 from workloads import get_workload
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 STEP = 25  # half of the warm-up
 LAMBDA_REG = 0.3  # in this step
 
@@ -46,7 +44,7 @@ def prepare(teacher, tiny_pairs, tmp_path, monkeypatch, **options):
     batch = {"batch_size": 4, "batch_size_ref": 2, "num_pairs": 7}
     options = {**rates, **batch, "phases": phases, **options}
     config = get_workload(pairs=str(tiny_pairs), out=str(tmp_path / "run"), **options)
-    run, gradients = train.prepare(config, ALONE), []
+    run, gradients = start(config), []
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in run.mu_fake.network.parameters():
@@ -288,7 +286,7 @@ def test_one_guidance_scale_for_both_losses(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_teacher", load_teacher)
     config = get_workload("sd15", out=str(tmp_path / "run"), distance="l2")
     assert config.guidance == 3
-    run = train.prepare(config, ALONE)
+    run = start(config)
     assert run.teacher.guidance == run.config.guidance == 2
 
 
@@ -300,8 +298,8 @@ def test_dropout_is_off(teacher, tiny_pairs, tmp_path, monkeypatch):
     student = teacher.student
     monkeypatch.setattr(teacher, "student", lambda: student().train())
     with pytest.raises(AssertionError):
-        train.prepare(replace(run.config, out=str(tmp_path / "other")), ALONE)
+        start(replace(run.config, out=str(tmp_path / "other")))
     monkeypatch.setattr(teacher, "student", lambda: student().eval())
     monkeypatch.setattr(teacher, "mu_real", student().train())
     with pytest.raises(AssertionError):
-        train.prepare(replace(run.config, out=str(tmp_path / "third")), ALONE)
+        start(replace(run.config, out=str(tmp_path / "third")))
