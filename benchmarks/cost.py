@@ -118,6 +118,20 @@ def pairs_flops(workload: Workload, forward: int) -> int:
     return workload.num_pairs * evaluations * forward
 
 
+def days(dataset: str, config: Config) -> tuple[float, float]:
+    """Days of one GPU, for the pairs and for the training."""
+    workload, forward = WORKLOADS[dataset], forward_flops(dataset)
+    pairs = config.seconds(
+        **{"half" if workload.latent else "float32": pairs_flops(workload, forward)}
+    )
+    ends = [end for end, _ in workload.phases] or [workload.steps]
+    training = sum(
+        (end - start) * config.seconds(*step_flops(workload.at(start), forward))
+        for start, end in pairwise([0, *ends])
+    )
+    return pairs / 86400, training / 86400
+
+
 def print_costs(config: Config) -> None:
     """Print the operations of each workload, and the days of one GPU."""
     peaks = f"{config.tflops:g} TFLOP/s (TF32: {config.tflops_tf32:g}, float32: "
@@ -126,17 +140,11 @@ def print_costs(config: Config) -> None:
     for dataset, workload in WORKLOADS.items():
         if not workload.network:  # `edm`, whose network is in a file
             continue
-        forward = forward_flops(dataset)
-        pairs = {"half" if workload.latent else "float32": pairs_flops(workload, forward)}
-        ends = [end for end, _ in workload.phases] or [workload.steps]
-        training = sum(
-            (end - start) * config.seconds(*step_flops(workload.at(start), forward))
-            for start, end in pairwise([0, *ends])
-        )
+        forward, (pairs, training) = forward_flops(dataset), days(dataset, config)
         print(
             f"{dataset:16}{forward / 1e9:8.1f} GFLOP"
             f"{sum(step_flops(workload, forward)) / 1e12:9.1f} TFLOP{workload.steps:9d}"
-            f"{config.seconds(**pairs) / 86400:7.2f} days{training / 86400:7.2f} days"
+            f"{pairs:7.2f} days{training:7.2f} days"
         )
 
 

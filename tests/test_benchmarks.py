@@ -122,6 +122,23 @@ def test_the_texts_have_the_numbers_of_cost_py(capsys):
             assert days / gpus - 0.1 <= float(least) <= days / gpus
 
 
+def test_an_evening_of_cifar10():
+    """The example in docs/large-runs.md, on one RTX 3090."""
+    card = cost.Config(tflops=71, tflops_tf32=35.6, tflops_float32=35.6)
+    text = (reproduce.ROOT / "docs" / "large-runs.md").read_text(encoding="utf-8")
+    num_pairs, batch_size, steps = (
+        int(re.search(f"--{name} (\\d+)", text.split("## CIFAR-10 in an evening")[1])[1])
+        for name in ("num-pairs", "batch-size", "steps")
+    )
+    row = get_workload("cifar10", num_pairs=num_pairs, batch_size=batch_size, steps=steps)
+    assert row.batch_size == row.batch_size_ref
+    forward = cost.forward_flops("cifar10")
+    minutes = card.seconds(float32=cost.pairs_flops(row, forward)) / 60
+    hours = steps * card.seconds(*cost.step_flops(row, forward)) / 3600
+    assert f"at least {minutes:.0f} minutes and {hours:.1f} hours" in text
+    assert f"at least {sum(cost.days('cifar10', card)):.0f} days" in text
+
+
 def test_the_two_lpips_differ_in_the_pooling_alone():
     """LPIPS by hand (Zhang et al. 2018, Eq. 1), for images in [-1, 1], equals the package's with
     max pooling, and the network of pooling.py with average pooling."""
