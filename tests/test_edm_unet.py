@@ -1,50 +1,12 @@
 """EDM's networks against golden vectors, parameter counts and closed-form ODEs."""
 
-import json
 import math
-import zlib
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from golden.networks import edm_network, edm_unet_inputs, relative_error
 
 from edm_unet import EDMDenoiser, EDMPrecond, heun_sample, karras_sigmas
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def fill(net, rule):
-    """The golden vectors' parameters: a function of each one's name and shape."""
-    for name, parameter in net.named_parameters():
-        module, leaf = name.split(".")[-2:]
-        k = np.arange(parameter.numel(), dtype=np.int64)
-        u = ((31 * k * k + 17 * k + zlib.crc32(name.encode()) % 1009) % 1009) / 504 - 1
-        u = u.reshape(parameter.shape)
-        if parameter.ndim > 1:
-            u = 2 * u / np.sqrt(parameter.numel() / parameter.shape[0])
-        else:
-            u = 0.3 * u + (leaf == "weight" and "norm" in module)
-        residual = module in ("conv0", "conv1", "proj") or module.endswith("x64_conv")
-        residual |= module == "32x32_conv" or (module == "skip" and leaf == "bias")
-        if rule == "eps" and residual:
-            u = 0.01 * u
-        parameter.data = torch.from_numpy(u).float()
-
-
-def golden(name):
-    data = dict(np.load(GOLDEN / f"golden_{name}.npz"))
-    meta = json.loads(str(data.pop("meta")))
-    if "x" not in data:
-        data["x"] = np.load(GOLDEN / meta["x_from"])["x"][slice(*meta["x_rows"])]
-    net = EDMPrecond(**meta["kwargs"]).eval()
-    fill(net, meta["fill"] if isinstance(meta["fill"], str) else name.split("_")[1])
-    return net, meta, {key: torch.from_numpy(value) for key, value in data.items()}
-
-
-def worst(found, expected):
-    """The largest error, relative to the largest value."""
-    return (found - expected).abs().max() / expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["song_int", "song_eps", "adm_int", "adm_eps"])
@@ -52,7 +14,7 @@ def worst(found, expected):
 def test_network_matches_golden_vectors(name, monkeypatch):
     """In either memory layout. The tensors of the attention have consecutive channels in both:
     otherwise PyTorch falls back on HW x HW matrices without a word."""
-    net, meta, data = golden(name)
+    net, meta, data = edm_network(name)
     assert [k for k, _ in net.named_parameters()] == [k for k, _ in meta["param_keys"]]
     assert sum(p.numel() for p in net.parameters()) == meta["n_params"]
     for key, values in meta["fill_spot_check"].items():
@@ -64,14 +26,13 @@ def test_network_matches_golden_vectors(name, monkeypatch):
         torch.nn.functional, "scaled_dot_product_attention",
         lambda *qkv: seen.extend(qkv) or attend(*qkv),
     )  # fmt: skip
-    assert worst(net(data["x"], data["sigma"], data["labels"]), data["output"]) < 1e-5
-    # The bare U-Net, where sigma's c_skip cannot hide an error. Its row is row 2 of the int file.
-    row = slice(2, 3) if len(data["x"]) == 5 else slice(1)
-    x, labels = data["x"][row], data["labels"][row]
+    assert relative_error(net(data["x"], data["sigma"], data["labels"]), data["output"]) < 1e-5
+    # The bare U-Net, where sigma's c_skip cannot hide an error.
+    x, *rest = edm_unet_inputs(data)
     for layout in (torch.contiguous_format, torch.channels_last):
         unet = net.model.to(memory_format=layout)
-        inside = unet(x.to(memory_format=layout), torch.zeros(1), labels)
-        assert worst(inside, data["unet_output"]) < 1e-5
+        inside = unet(x.to(memory_format=layout), *rest)
+        assert relative_error(inside, data["unet_output"]) < 1e-5
     attending = [module for module in net.modules() if getattr(module, "num_heads", 0)]
     assert len(seen) == 3 * 3 * len(attending) > 0
     assert all(each.stride(-1) == 1 for each in seen)
@@ -80,9 +41,9 @@ def test_network_matches_golden_vectors(name, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["song_int", "adm_int"])
 def test_heun_trajectory_matches_golden_vectors(name):
-    net, meta, data = golden(name)
+    net, meta, data = edm_network(name)
     z, labels, expected = (data[f"heun_{key}"][:1] for key in ("latents", "labels", "end"))
-    assert worst(heun_sample(net, z, labels, meta["heun"]["steps"]), expected) < 1e-5
+    assert relative_error(heun_sample(net, z, labels, meta["heun"]["steps"]), expected) < 1e-5
 
 
 CIFAR = dict(

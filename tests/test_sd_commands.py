@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_on_two_ranks, start
+from golden.networks import relative_error
 from PIL import Image
 from safetensors import safe_open
-from test_sd_loader import relative_error, write_sd
+from test_sd_loader import write_sd
 
 import evaluate
 import make_pairs

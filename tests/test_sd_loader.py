@@ -2,15 +2,22 @@
 
 import json
 import shutil
-import zlib
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
+from golden.networks import (
+    CONFIGS,
+    GOLDEN,
+    PARTS,
+    RULES,
+    relative_error,
+    sd_fill,
+    sd_network,
+    sd_vectors,
+)
 from huggingface_hub import errors
 from safetensors.torch import save_file
 
@@ -29,54 +36,12 @@ from sd_loader import (
     without_tf32,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "sd"
-CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
-FULL_SIZE = json.loads((GOLDEN / "keys_sd15.json").read_text())
-RULES = {  # chirp, gain, spread
-    "rule_a": (0, 0.5, 0), "rule_b": (0.013, 1.4, 0.001), "eps_probe": (0.013, 1.4, 0.001),
-}  # fmt: skip
-PARTS = {  # our name -> the golden files' names of config and of vectors
-    "unet": ("unet", "unet"), "text_encoder": ("text_encoder", "text_encoder"),
-    "vae": ("vae", "vae_decoder"), "tiny_vae": ("taesd", "taesd_decoder"),
-}  # fmt: skip
-
-
-def fill(name, shape, rule):
-    """The golden vectors' parameters: a function of each one's name and shape, float64."""
-    chirp, gain, spread = RULES[rule]
-    h, numel = zlib.crc32(name.encode()), int(np.prod(shape))
-    i = np.arange(numel, dtype=np.float64)
-    w = 0.7 + spread * (h // 1000 % 997)
-    s = np.sin(w * i + chirp * i * i + h % 1000).reshape(shape)
-    if len(shape) > 1:
-        value = s * gain / np.sqrt(numel / shape[0])
-    else:
-        value = 0.1 * s + name.endswith(".weight")
-    damped = ["conv_in", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "proj_in", "to_out"]
-    is_damped = name.endswith(".bias") or any(part in name for part in [*damped, "ff.net.2"])
-    return 0.05 * value if rule == "eps_probe" and is_damped and "norm" not in name else value
-
-
-def tiny(part, rule="rule_b"):
-    """A golden network with its parameters filled in."""
-    net = NETWORKS[part](SD15[part] | CONFIGS[PARTS[part][0]]).eval()
-    for name, parameter in net.named_parameters():
-        parameter.data = torch.from_numpy(fill(name, parameter.shape, rule)).float()
-    return net
-
-
-def golden(rule, vectors):
-    return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / rule / f"{vectors}.npz").items()}
-
-
-def relative_error(found, expected):
-    assert found.shape == expected.shape
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+FULL_SIZE = json.loads((GOLDEN / "sd" / "keys_sd15.json").read_text())
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_unet_matches_golden_vectors(rule):
-    net, data = tiny("unet", rule), golden(rule, "unet")
+    net, data = sd_network("unet", rule), sd_vectors(rule, "unet")
     with torch.no_grad():
         assert relative_error(net(data["x"], data["t"], data["context"]), data["eps"]) < 1e-5
         if rule == "eps_probe":
@@ -97,10 +62,10 @@ def test_unet_matches_golden_vectors(rule):
 )
 @torch.no_grad()
 def test_other_networks_match_golden_vectors(part, rule):
-    data = golden(rule, PARTS[part][1])
+    data = sd_vectors(rule, PARTS[part][1])
     text = part == "text_encoder"
     given, expected = ("input_ids", "last_hidden_state") if text else ("latent", "image")
-    assert relative_error(tiny(part, rule)(data[given]), data[expected]) < 1e-5
+    assert relative_error(sd_network(part, rule)(data[given]), data[expected]) < 1e-5
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -113,7 +78,7 @@ def test_full_size_names_shapes_and_counts(part):
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
-    net, data, calls, gradients = tiny("unet"), golden("rule_b", "unet"), [], []
+    net, data, calls, gradients = sd_network("unet"), sd_vectors("rule_b", "unet"), [], []
     net.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
     for on in (False, True):
         net.gradient_checkpointing = on
@@ -130,7 +95,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
 @torch.no_grad()
 def test_the_unets_first_and_last_layers_are_in_float32(how, name):
     """Whatever the rest is: at t = 999, their rounding errors count 14.6 times."""
-    net, data, seen = tiny("unet"), golden("rule_b", "unet"), {}
+    net, data, seen = sd_network("unet"), sd_vectors("rule_b", "unet"), {}
     layers = net.get_submodule(name)
     net.conv_norm_out.register_forward_hook(lambda *given: seen.update(x=given[2]))
     layers.register_forward_hook(lambda *given: seen.update(found=given[2]))
@@ -163,7 +128,7 @@ class AsksForTF32(torch.nn.Module):
 def test_the_unets_last_convolution_alone_does_not_use_tf32(monkeypatch):
     """After an error as well, the flag is as it was; a compiled network sets it in every call."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    net, data, layer, seen = tiny("unet"), golden("rule_b", "unet"), AsksForTF32(), []
+    net, data, layer, seen = sd_network("unet"), sd_vectors("rule_b", "unet"), AsksForTF32(), []
     for part in (net.conv_in, net.conv_out):
         part.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     net(data["x"], data["t"], data["context"])
@@ -177,7 +142,7 @@ def test_the_unets_last_convolution_alone_does_not_use_tf32(monkeypatch):
 
 def test_noise_table():
     alpha, sigma = sd_noise_table()
-    expected = golden("rule_b", "sampler")["alphas_cumprod"]
+    expected = sd_vectors("rule_b", "sampler")["alphas_cumprod"]
     torch.testing.assert_close((alpha**2).float(), expected, rtol=2e-6, atol=0)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1000, dtype=torch.float64))
     assert alpha[999].item() == pytest.approx(0.06827, abs=1e-5)
@@ -186,7 +151,7 @@ def test_noise_table():
 @pytest.mark.parametrize("rule", ["rule_a", "rule_b"])
 @torch.no_grad()
 def test_guidance_and_one_step_match_golden_vectors(rule):
-    net, data = tiny("unet", rule), golden(rule, "sampler")
+    net, data = sd_network("unet", rule), sd_vectors(rule, "sampler")
     z, cond = data["z"], data["cond"]
     for scale in (3, 8):
         guided = GuidedUNet(net, data["uncond"], scale)(z, data["cfg_t"].reshape(1), cond)
@@ -208,7 +173,7 @@ class Echo(torch.nn.Module):
 
 
 def test_pndm_trajectory_matches_golden_vectors():
-    net, data = tiny("unet"), golden("rule_b", "sampler")
+    net, data = sd_network("unet"), sd_vectors("rule_b", "sampler")
     for steps in (10, 50):
         end = pndm_sample(GuidedUNet(net, data["uncond"], 3), data["z"], data["cond"], steps)
         assert relative_error(end, data[f"plms{steps}"]) < 1e-5 and not end.requires_grad
@@ -346,11 +311,11 @@ def test_long_prompts_are_cut_and_what_is_lost_is_kept(tokenizer, recwarn):
 
 def released(part):
     """A tiny network's tensors, with what else the released files of that network hold."""
-    tensors = {name: value.detach().clone() for name, value in tiny(part).named_parameters()}
+    tensors = {name: value.detach().clone() for name, value in sd_network(part).named_parameters()}
     if part == "text_encoder":
         # The test's vocabulary, which is longer than the golden one.
         words, shape = "text_model.embeddings.token_embedding.weight", (514 + len(MERGES), 20)
-        tensors[words] = torch.from_numpy(fill(words, shape, "rule_b")).float()
+        tensors[words] = torch.from_numpy(sd_fill(words, shape, "rule_b")).float()
         tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     elif part == "vae":
         tensors["encoder.conv_in.weight"] = torch.ones(8, 3, 3, 3)
@@ -392,7 +357,9 @@ def sd_folder(tmp_path_factory):
 def test_every_kind_of_file_gives_the_same_networks(sd_folder, tokenizer, tmp_path, suffix):
     dtype, tolerance = (torch.float16, 5e-3) if "fp16" in suffix else (torch.float32, 1e-5)
     sd = load_sd(write_sd(tmp_path / "sd", dtype, suffix), tuple(NETWORKS))
-    unet, vae, taesd = (golden("rule_b", name) for name in ("unet", "vae_decoder", "taesd_decoder"))
+    unet, vae, taesd = (
+        sd_vectors("rule_b", name) for name in ("unet", "vae_decoder", "taesd_decoder")
+    )
     encoder = load_network("text_encoder", sd_folder)
     for found, expected in (
         (sd.unet(unet["x"], unet["t"], unet["context"]), unet["eps"]),
@@ -412,7 +379,7 @@ def test_loaded_networks_are_in_eval_mode_and_all_but_the_unet_frozen(sd_folder)
         assert {p.requires_grad for p in net.parameters()} == {part == "unet"}
         assert {p.dtype for p in net.parameters()} == {torch.float32}
         net.half()
-    latents = golden("rule_b", "vae_decoder")["latent"]
+    latents = sd_vectors("rule_b", "vae_decoder")["latent"]
     for tiny_decoder in (False, True):
         assert sd.decode(latents, tiny_decoder).dtype == torch.float32
     assert not sd.encode_text(["cat"]).requires_grad
