@@ -14,16 +14,17 @@ A CPU compiles one network and times MNIST alone. The last line it prints:
 import contextlib
 import gc
 import io
+import itertools
 import math
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from golden.networks import PARTS, edm_network, edm_unet_inputs, sd_network, sd_vectors
+from golden.networks import PARTS, edm_network, edm_unet_inputs, sd_teacher, sd_vectors
 
 import make_pairs
 import train
@@ -44,7 +45,6 @@ from dmd_loss import l2_distance, lpips_distance
 from plumbing.devices import Ranks, autocast, pick_amp, pick_device, to
 from plumbing.files import torch_load
 from plumbing.options import Options, one_line, option, run_script
-from sd_loader import SDTeacher, StableDiffusion
 from teachers import EDMTeacher, Teacher, load_lpips, load_teacher
 from workloads import WORKLOADS, get_workload
 
@@ -77,10 +77,16 @@ class Row(NamedTuple):
     least: float = 0.0
 
     def broken(self) -> bool:
-        """Whether the error is not within its limits. NaN is not, nor is a remark."""
+        """Whether there is a limit and the error is not within it. A remark is not, nor NaN."""
         if self.limit is None or isinstance(self.error, str):
             return self.limit is not None
         return not self.least <= self.error <= self.limit
+
+    def __str__(self) -> str:
+        error = self.error if isinstance(self.error, str) else f"{self.error:.2g}"
+        limit = "" if self.limit is None else f"{self.limit:.2g}"
+        limit = f"{self.least:.2g} to {limit}" if self.least else limit
+        return f"| {self.name} | {error} | {limit}{' BROKEN' if self.broken() else ''} |"
 
 
 @dataclass
@@ -112,14 +118,6 @@ def distance(found: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> f
 # Networks
 
 
-def sd_teacher() -> SDTeacher:
-    """A small Stable Diffusion of golden networks, whose prompts are "0", "1" and "2"."""
-    networks = {part: sd_network(part).requires_grad_(part == "unet") for part in PARTS}
-    ids = sd_vectors("rule_b", "text_encoder")["input_ids"]
-    sd = StableDiffusion(tokenizer=lambda texts: ids[[int(k or 0) for k in texts]], **networks)
-    return SDTeacher(sd, {}, guidance=3.0)
-
-
 def golden_networks(device: torch.device, amp: str) -> Iterator[tuple]:
     """The networks as training has them: name, network, precision of autocast, inputs, output. Of
     EDM's, the bare U-Nets, where sigma's c_skip cannot hide an error."""
@@ -139,13 +137,13 @@ def golden_networks(device: torch.device, amp: str) -> Iterator[tuple]:
     yield "tiny decoder", sd.tiny_vae, amp, [tiny["latent"]], tiny["image"]
 
 
-def compiles(name: str, amp: str, device: torch.device) -> bool:
-    """Whether to compile a network. That takes long, so a GPU does those that training does, the
-    large ones in the precision that it does."""
-    if device.type == "cpu":
-        return (name, amp) == ("DDPM++", "off")
-    half = {"ADM": "bf16", "UNet": "fp16"}.get(name)
-    return name == "DDPM++" or (half is not None and amp == pick_amp("auto", device, half))
+def error_of(net: nn.Module, layout: torch.memory_format, cast: str, inputs, expected) -> float:
+    """The network's error in a layout, under autocast."""
+    device = next(net.to(memory_format=layout).parameters()).device
+    x, *rest = to(device, *inputs)
+    with autocast(device, cast):
+        found = net(x.contiguous(memory_format=layout) if x.ndim == 4 else x, *rest)
+    return distance(found, expected)
 
 
 @torch.no_grad()
@@ -153,21 +151,24 @@ def networks(device: torch.device) -> Iterator[Row]:
     """All golden networks in all precisions."""
     layouts = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
     for amp in precisions(device):
-        for name, net, cast, inputs, expected in golden_networks(device, amp):
-            ways, errors = dict(layouts), {}
-            if compiles(name, amp, device):
-                ways["compiled"] = torch.channels_last
-            for way, layout in ways.items():
-                if way == "compiled":
-                    torch._dynamo.reset()  # after some networks it would give up without a word
-                    net.compile()
-                net.to(memory_format=layout)
-                x, *rest = to(device, *inputs)
-                with autocast(device, cast):
-                    found = net(x.contiguous(memory_format=layout) if x.ndim == 4 else x, *rest)
-                errors[way] = distance(found, expected)
-            way = max(errors, key=errors.get)
-            yield Row(f"{name}, {amp}, {way}", errors[way], LIMIT[amp], LEAST[amp])
+        for name, net, *case in golden_networks(device, amp):
+            errors = {how: error_of(net, layout, *case) for how, layout in layouts.items()}
+            how = max(errors, key=errors.get)
+            yield Row(f"{name}, {amp}, {how}", errors[how], LIMIT[amp], LEAST[amp])
+
+
+@torch.no_grad()
+def compiled(device: torch.device) -> Iterator[Row]:
+    """Those that training compiles. That takes long, so the large ones are in the precision that
+    training has on a GPU."""
+    halves = {"ADM": pick_amp("auto", device, "bf16"), "UNet": pick_amp("auto", device, "fp16")}
+    for amp in precisions(device) if device.type == "cuda" else ["off"]:
+        for name, net, *case in golden_networks(device, amp):
+            if name == "DDPM++" or (device.type == "cuda" and halves.get(name) == amp):
+                torch._dynamo.reset()  # after some networks it would give up without a word
+                net.compile()
+                error = error_of(net, torch.channels_last, *case)
+                yield Row(f"{name}, {amp}, compiled", error, LIMIT[amp], LEAST[amp])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,28 +220,25 @@ def gradients_of(device: torch.device, dataset: str, amp: str, accumulate: int) 
         norms = torch.stack(train.training_step(run, 0)[3:])
         if norms.isfinite().all():
             break
-    moments = [
-        flat(learner.optimizer.state[p]["exp_avg"] for p in learner.parameters)
-        for learner in (run.G, run.mu_fake)
-    ]
-    return [(n, g / g.norm()) for n, g in zip(norms.tolist(), moments, strict=True)]
+    found = []
+    for learner, norm in zip((run.G, run.mu_fake), norms.tolist(), strict=True):
+        moment = flat(learner.optimizer.state[p]["exp_avg"] for p in learner.parameters)
+        found.append((norm, moment / moment.norm()))
+    return found
 
 
 def gradients(device: torch.device, datasets: tuple = ("mnist", "sd15")) -> Iterator[Row]:
     """The two gradients of a step, whose batch comes in one part or in two."""
     for dataset in datasets:
         cpu = gradients_of(torch.device("cpu"), dataset, "off", 1)
-        for amp in precisions(device):
-            for parts in (1, 2):
-                found = zip(gradients_of(device, dataset, amp, parts), cpu, strict=True)
-                for who, ((norm, g), (norm_cpu, g_cpu)) in zip(
-                    ("G", "mu_fake"), found, strict=True
-                ):
-                    ratio, angle = norm / norm_cpu, 1 - (g @ g_cpu).item()
-                    name = f"gradient of {who}, {dataset}, {amp}, --accumulate {parts}: "
-                    name += f"norm x {ratio:.4f}, 1 - cosine {angle:.0e}"
-                    error = distance(ratio * g, g_cpu)
-                    yield Row(name, error, MORE * LIMIT[amp], LEAST[amp] / MORE)
+        for amp, parts in itertools.product(precisions(device), (1, 2)):
+            found = gradients_of(device, dataset, amp, parts)
+            for who, (norm, g), (norm_cpu, g_cpu) in zip(("G", "mu_fake"), found, cpu, strict=True):
+                ratio, angle = norm / norm_cpu, 1 - (g @ g_cpu).item()
+                name = f"gradient of {who}, {dataset}, {amp}, --accumulate {parts}: "
+                name += f"norm x {ratio:.4f}, 1 - cosine {angle:.0e}"
+                error = distance(ratio * g, g_cpu)
+                yield Row(name, error, MORE * LIMIT[amp], LEAST[amp] / MORE)
 
 
 def loss_scaling(device: torch.device, steps: int = 20) -> Iterator[Row]:
@@ -288,7 +286,7 @@ def resuming(device: torch.device, **options) -> Iterator[Row]:
             train.main(get_workload(**options, **of_run))
             state = torch_load(out / "checkpoint.pt")
             networks = [state[who]["network"].values() for who in ("G", "mu_fake")]
-            weights.append(flat(chain(*networks)))
+            weights.append(flat(itertools.chain(*networks)))
     # No bit changes on a CPU. cuDNN's backward may add in any order.
     limit = 0 if device.type == "cpu" else OF_RUNS
     yield Row("a run resumed", distance(weights[2], weights[0], start_weights()), limit)
@@ -360,11 +358,9 @@ def lpips_rows(device: torch.device) -> Iterator[Row]:
     else:
         yield Row("LPIPS in TF32", "the device has none")
     for name, before in zip(list(found)[1:], found, strict=False):
-        limits = zip(
-            ("distance", "gradient"), found[name], found[before], OF_LPIPS[name], strict=True
-        )
-        for what, ours, expected, limit in limits:
-            yield Row(f"LPIPS in {name}, {what}", distance(ours, expected), limit)
+        for i, what in enumerate(("distance", "gradient")):
+            error = distance(found[name][i], found[before][i])
+            yield Row(f"LPIPS in {name}, {what}", error, OF_LPIPS[name][i])
 
 
 def speed(device: torch.device) -> Iterator[Row]:
@@ -390,7 +386,7 @@ def speed(device: torch.device) -> Iterator[Row]:
 
 # --------------------------------------------------------------------------------------------------
 
-CHECKS = [networks, gradients, loss_scaling, resuming, two_ranks, lpips_rows, speed]
+CHECKS = [networks, compiled, gradients, loss_scaling, resuming, two_ranks, lpips_rows, speed]
 
 
 def rows_of(check: Callable, device: torch.device) -> Iterator[Row]:
@@ -400,11 +396,9 @@ def rows_of(check: Callable, device: torch.device) -> Iterator[Row]:
     try:
         yield from check(device)
     except Exception as error:
-        yield Row(
-            getattr(check, "func", check).__name__,
-            one_line(f"{type(error).__name__}: {error}", 200),
-            0,
-        )
+        traceback.print_exc()
+        name, text = getattr(check, "func", check).__name__, f"{type(error).__name__}: {error}"
+        yield Row(name, one_line(text, 200), 0)
     finally:
         cudnn.allow_tf32, cudnn.benchmark = flags
         for number, handler in zip(numbers, handlers, strict=True):
@@ -426,11 +420,7 @@ def main(config: Config) -> None:
     for check in CHECKS:
         for row in rows_of(check, device):
             limits, broken = limits + (row.limit is not None), broken + row.broken()
-            error, limit, least = (x if isinstance(x, str) else f"{x or 0:.2g}" for x in row[1:])
-            limit = f"{least} to {limit}" if row.least else "" if row.limit is None else limit
-            print(
-                f"| {row.name} | {error} | {limit}{' BROKEN' if row.broken() else ''} |", flush=True
-            )
+            print(row, flush=True)
     result = f"{broken} of {limits} limits are broken" if broken else f"all {limits} limits hold"
     print(f"\n{result} ({time.perf_counter() - start:.0f} s)")
     sys.exit(1 if broken else 0)

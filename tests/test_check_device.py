@@ -22,12 +22,12 @@ MNIST, SD = (partial(check_device.gradients, datasets=[name]) for name in ("mnis
 
 @pytest.fixture
 def quick(small, monkeypatch):
-    """A few networks, none of which is compiled, a small teacher, and ranks that start at once."""
+    """A few networks, a small teacher and a smaller loss scale."""
     golden_networks = check_device.golden_networks
     teacher = EDMTeacher(small_network(), {"name": "small", "sha256": "0"})
     for name, value in {
         "golden_networks": lambda *given: islice(golden_networks(*given), 2),
-        "compiles": lambda *given: False, "load_teacher": lambda config: teacher,
+        "load_teacher": lambda config: teacher,
         "precisions": lambda device: ["off", "bf16"], "SCALE": 2.0**18,
         "resuming": partial(check_device.resuming, teacher=small["teacher"]),
     }.items():  # fmt: skip

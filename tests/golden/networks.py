@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from edm_unet import EDMPrecond
-from sd_loader import NETWORKS, SD15
+from sd_loader import NETWORKS, SD15, SDTeacher, StableDiffusion
 
 GOLDEN = Path(__file__).parent
 CONFIGS = json.loads((GOLDEN / "sd" / "configs.json").read_text())
@@ -85,6 +85,14 @@ def sd_vectors(rule, vectors):
     """The vectors of a file of Stable Diffusion."""
     found = np.load(GOLDEN / "sd" / rule / f"{vectors}.npz")
     return {k: torch.from_numpy(v) for k, v in found.items()}
+
+
+def sd_teacher():
+    """A small Stable Diffusion of golden networks, whose prompts are "0", "1" and "2"."""
+    nets = {part: sd_network(part).requires_grad_(part == "unet") for part in PARTS}
+    ids = sd_vectors("rule_b", "text_encoder")["input_ids"]
+    sd = StableDiffusion(tokenizer=lambda texts: ids[[int(k or 0) for k in texts]], **nets)
+    return SDTeacher(sd, {}, guidance=3.0)
 
 
 def relative_error(found, expected):
