@@ -15,7 +15,7 @@ It prints a table of relative errors, and exits with code 1 if a limit is broken
 All weights are in the repository or random. A CPU compiles one network and times MNIST alone. What
 fails altogether is a row of its own, with its traceback. The last line it prints:
 
-    all 60 limits hold (85 s)
+    all 56 limits hold (85 s)
 """
 
 import contextlib
@@ -237,8 +237,11 @@ def gradients_of(device: torch.device, dataset: str, amp: str, accumulate: int) 
 def gradients(device: torch.device, datasets: tuple = ("mnist", "sd15")) -> Iterator[Row]:
     """The two gradients of a step, whose batch comes in one part or in two."""
     for dataset in datasets:
-        cpu = gradients_of(torch.device("cpu"), dataset, "off", 1)
+        reference = (torch.device("cpu"), dataset, "off", 1)
+        cpu = gradients_of(*reference)
         for amp, parts in itertools.product(precisions(device), (1, 2)):
+            if (device, dataset, amp, parts) == reference:
+                continue
             found = gradients_of(device, dataset, amp, parts)
             for who, (norm, g), (norm_cpu, g_cpu) in zip(("G", "mu_fake"), found, cpu, strict=True):
                 ratio, angle = norm / norm_cpu, 1 - (g @ g_cpu).item()
