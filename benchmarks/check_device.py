@@ -15,7 +15,7 @@ It prints a table of relative errors, and exits with code 1 if a limit is broken
 All weights are in the repository or random. A CPU compiles one network and times MNIST alone. What
 fails altogether is a row of its own, with its traceback. The last line it prints:
 
-    all 56 limits hold (85 s)
+    all 57 limits hold (85 s)
 """
 
 import contextlib
@@ -48,6 +48,7 @@ from golden.networks import PARTS, edm_network, edm_unet_inputs, sd_teacher, sd_
 import make_pairs
 import train
 from benchmarks import step
+from benchmarks.memory import peak
 from dmd_loss import l2_distance, lpips_distance
 from plumbing.devices import Ranks, autocast, pick_amp, pick_device, to
 from plumbing.files import torch_load
@@ -169,9 +170,10 @@ def compiled(device: torch.device) -> Iterator[Row]:
     """Those that training compiles. That takes long, so the large ones are in the precision that
     training has on a GPU."""
     halves = {"ADM": pick_amp("auto", device, "bf16"), "UNet": pick_amp("auto", device, "fp16")}
+    small = "DDPM++" if device.type == "cuda" else "tiny decoder"
     for amp in precisions(device) if device.type == "cuda" else ["off"]:
         for name, net, *case in golden_networks(device, amp):
-            if name == "DDPM++" or (device.type == "cuda" and halves.get(name) == amp):
+            if name == small or (device.type == "cuda" and halves.get(name) == amp):
                 torch._dynamo.reset()  # after some networks it would give up without a word
                 net.compile()
                 error = error_of(net, torch.channels_last, *case)
@@ -206,7 +208,12 @@ def prepare(ranks: Ranks, dataset: str, **options) -> train.Run:
     options = {"batch_size": 2, "batch_size_ref": 2, "amp": "off", **options}
     config = replace(get_workload(dataset, **options), warmup=0)
     teacher = sd_teacher() if config.latent else load_teacher(config)
-    return train.prepare(ranks, config, teacher, RandomPairs(teacher), l2_distance)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(n) for n in numbers]
+    run = train.prepare(ranks, config, teacher, RandomPairs(teacher), l2_distance)
+    for number, handler in zip(numbers, handlers, strict=True):  # Ctrl-C ends the check
+        signal.signal(number, handler)
+    return run
 
 
 @torch.no_grad()
@@ -387,8 +394,10 @@ def speed(device: torch.device) -> Iterator[Row]:
             yield Row(name, "does not fit into memory")
             break
         yield Row(f"{name}: step over its floor", found["step"] / (11 * found["forward"]))
-        # memory.py's estimate for a GPU belongs beside the peak, as the limits of this row.
-        yield Row(f"{name}: GiB at the peak", found["GiB"])
+        what = f"{name}: GiB at the peak"
+        if device.type == "cuda":
+            what += f" (memory.py: {peak(dataset, B, B, distance='l2'):.2g})"
+        yield Row(what, found["GiB"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,6 +432,8 @@ def main(config: Config) -> None:
         torch.cuda.set_device(device)  # the one whose memory step.py measures
         title += f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}: "
         title += f"{torch.cuda.get_device_name(device)}, {torch.cuda.device_count()} GPUs"
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # several wait for each other, since the networks are small
     print(f"{title}\n\n| check | error | limit |\n|---|---|---|")
     for check in CHECKS:
         for row in rows_of(check, device):

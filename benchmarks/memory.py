@@ -198,15 +198,15 @@ def make_run(workload: Workload, device: torch.device) -> train.Run:
 @cache
 def peak(
     dataset: str, B: int, R: int, *, parts: int = 1, decoder: str = "tiny", amp: str = "bf16",
-    several: bool = False,
+    distance: str | None = None, several: bool = False,
 ) -> float:  # fmt: skip
     """Peak memory of a step in GiB on one GPU, or on each of several. The GPU's B unpaired and R
-    paired samples come in this many parts."""
+    paired samples come in this many parts. `distance` is the workload's unless it is given."""
     run_parts = min(parts, 2)  # further ones only add their samples
     sizes = (B // parts, R // parts)
     workload = get_workload(
         dataset, batch_size=run_parts * sizes[0], batch_size_ref=run_parts * sizes[1],
-        decoder=decoder, amp=amp, accumulate=run_parts,
+        decoder=decoder, amp=amp, accumulate=run_parts, distance=distance,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_data())
