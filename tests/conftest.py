@@ -1,6 +1,5 @@
 """What several test files share: tiny pairs and runs, and ways to start a script."""
 
-import contextlib
 import csv
 import json
 import multiprocessing
@@ -13,6 +12,10 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+
+# Here and in every process that a test starts: one thread, so that all round alike and nobody waits
+# for others over small tensors; and no GPU. PyTorch reads this when it is imported.
+os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 import pytest
 import torch
@@ -28,8 +31,6 @@ from workloads import WORKLOADS, Workload, get_workload
 
 ROOT = Path(__file__).parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
-# One thread, so that two processes on one machine round alike.
-ONE_THREAD = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TINY = {"batch_size": 4, "batch_size_ref": 4, "device": "cpu"}
 
 # Curves take longer than a few steps do; `finished_run` and `run` draw them.
@@ -42,8 +43,7 @@ SLOW_TO_IMPORT = ["pytest", "torch._dynamo", "torch.distributed.optim", "torchvi
 def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
     """Run a script of the repository as a user would, e.g. run("sample.py", "--seeds", "0-3")."""
     command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 def flags(options: dict) -> list[str]:
@@ -60,7 +60,7 @@ def run_on_two_ranks(*arguments) -> subprocess.CompletedProcess:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = str(one.getsockname()[1])
-    world = {**ONE_THREAD, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     script = [str(ROOT / arguments[0]), *map(str, arguments[1:])]
     with tempfile.TemporaryDirectory() as folder:
         codes = in_forks(*((as_rank, rank, script, world, folder) for rank in "01"))
@@ -76,7 +76,6 @@ def as_rank(rank: str, script: list[str], world: dict[str, str], folder: str) ->
     for stream in "12":
         os.dup2(os.open(Path(folder, stream + rank), os.O_CREAT | os.O_WRONLY), int(stream))
     os.chdir(ROOT)
-    torch.set_num_threads(1)
     sys.argv = script
     runpy.run_path(script[0], run_name="__main__")
 
@@ -99,7 +98,6 @@ def half_write(main, config: Workload, name: str, time: int) -> None:
         original(temporary, path)
 
     os.replace = replace
-    torch.set_num_threads(1)
     main(config)
 
 
@@ -197,22 +195,6 @@ def random_lpips(monkeypatch):
     monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
 
 
-@contextlib.contextmanager
-def on_one_thread():
-    """What runs in this process rounds as in a process with ONE_THREAD."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """on_one_thread, for the tests of a file."""
-    with on_one_thread():
-        yield
-
-
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
     """20 MNIST pairs in 3 shards, 6 Heun steps."""
@@ -252,6 +234,5 @@ def small(tmp_path_factory) -> dict[str, str]:
     about = {"kwargs": json.dumps(net.kwargs), "dataset": "mnist"}
     write_tensors(Path(options["teacher"]), net.state_dict(), about)
     how = {"num_pairs": 20, "steps": 3, "shard_size": 8, "device": "cpu"}
-    with on_one_thread():
-        make_pairs.main(pairs_config(**how, out=options["pairs"], teacher=options["teacher"]))
+    make_pairs.main(pairs_config(**how, out=options["pairs"], teacher=options["teacher"]))
     return options

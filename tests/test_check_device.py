@@ -16,7 +16,7 @@ from plumbing.devices import DTYPES
 from plumbing.optim import Learner
 from teachers import EDMTeacher
 
-pytestmark = pytest.mark.usefixtures("one_thread", "quick")
+pytestmark = pytest.mark.usefixtures("quick")
 NETWORKS, SKIPS = check_device.networks, partial(check_device.loss_scaling, steps=6)
 MNIST, SD = (partial(check_device.gradients, datasets=[name]) for name in ("mnist", "sd15"))
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT, fails_in_one_line, pairs_config, tiny_config
+from conftest import ROOT, fails_in_one_line, pairs_config, tiny_config
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import evaluate
@@ -63,7 +63,7 @@ def test_unet_folder_costs_no_run(tmp_path, capsys):
 def test_the_backend_of_a_notebook(tmp_path):
     """A kernel leaves its own in the environment of what it starts; no picture needs one."""
     command = [sys.executable, ROOT / "toy_2d.py", "--steps", "1", "--out", tmp_path / "a.png"]
-    environment = {**ONE_THREAD, "MPLBACKEND": "of-a-notebook"}
+    environment = {**os.environ, "MPLBACKEND": "of-a-notebook"}
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
@@ -86,18 +86,23 @@ run_script(main, Config, "")
 """
 
 
-@pytest.mark.parametrize("to", [">&-", "2>&-", "> /dev/full", "| true", "2>&1 | true", "> said"])
-def test_printing_ends_no_work(tmp_path, to):
+def test_printing_ends_no_work(tmp_path):
     """To closed streams, a full disk, readers that have gone, and in an alphabet without cats."""
-    (tmp_path / "script.py").write_text(PRINTS, encoding="utf-8")
-    command = f"{sys.executable} script.py {to}; exit ${{PIPESTATUS[0]}}"
-    about = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
-    about["PYTHONUNBUFFERED"] = "1" if "2" in to else ""
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=about, capture_output=True)
-    assert (done.returncode, (tmp_path / "done").exists()) == (0, True), done.stderr
-    assert b"Error" not in done.stderr
-    if to == "> said":
-        assert (tmp_path / "said").read_text("cp1252").startswith("\\U0001f408 \\udc80\n")
+    processes = {}
+    for to in (">&-", "2>&-", "> /dev/full", "| true", "2>&1 | true", "> said"):
+        folder = tmp_path / str(len(processes))
+        folder.mkdir()
+        (folder / "script.py").write_text(PRINTS, encoding="utf-8")
+        command = ["bash", "-c", f"{sys.executable} script.py {to}; exit ${{PIPESTATUS[0]}}"]
+        about = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
+        about["PYTHONUNBUFFERED"] = "1" if "2" in to else ""
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes[to] = folder, subprocess.Popen(command, cwd=folder, env=about, **streams)
+    for to, (folder, process) in processes.items():
+        _, said = process.communicate()
+        assert (process.returncode, (folder / "done").exists()) == (0, True), (to, said)
+        assert b"Error" not in said, to
+    assert (folder / "said").read_text("cp1252").startswith("\\U0001f408 \\udc80\n")
 
 
 # --------------------------------------------------------------------------------------------------

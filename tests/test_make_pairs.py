@@ -45,7 +45,7 @@ def test_noise_is_drawn_again(pairs, tmp_path):
         Pairs(folder, "mnist").batch(indices)
 
 
-def test_interrupted_pairs_and_those_of_two_ranks_are_the_same_files(small, tmp_path, one_thread):
+def test_interrupted_pairs_and_those_of_two_ranks_are_the_same_files(small, tmp_path):
     """Byte by byte: at one go, killed in the third shard and resumed, and in two processes."""
     options = {"num_pairs": 22, "steps": 3, "shard_size": 4, "device": "cpu"}
     options |= {"teacher": small["teacher"], "out": tmp_path / "whole"}

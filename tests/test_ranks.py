@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ALONE, ONE_THREAD, ROOT, flags, run_on_two_ranks, scalars, start
+from conftest import ALONE, ROOT, flags, run_on_two_ranks, scalars, start
 
 import train
 from plumbing.devices import Ranks
@@ -145,7 +145,7 @@ def test_a_failure_of_one_rank_ends_all(small, tmp_path):
     assert two.returncode == 2 and "error: another rank has failed; see its message" in two.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [ROOT / "train.py", *line]
-    torchrun = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=120)
+    torchrun = subprocess.run(command, capture_output=True, text=True, timeout=120)
     for result in (two, torchrun):
         assert result.returncode != 0
         assert f"error: {tmp_path} holds other files; choose another --out" in result.stderr

@@ -34,7 +34,7 @@ def test_statistics_of_the_real_data():
 
 
 @pytest.mark.slow
-def test_figure_3s_claims(one_thread):
+def test_figure_3s_claims():
     """One seed, one that lies in the middle of its bounds: runs on other machines differ by
     rounding, which the steps amplify. (c) at full length: at 2,000 steps it is not yet settled."""
     mu_real = EDMDenoiser(toy_2d.MixtureDenoiser())

@@ -108,7 +108,7 @@ PHASED = {"num_pairs": 20, "steps": 6, "accumulate": 2, "phases": PHASES}
 
 
 @pytest.fixture(scope="module")
-def straight(small, tmp_path_factory, one_thread):
+def straight(small, tmp_path_factory):
     """The folder of a run in phases and parts that nobody interrupts."""
     out = tmp_path_factory.mktemp("straight") / "run"
     train.main(tiny_config(small, out, **PHASED))
