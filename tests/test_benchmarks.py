@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import fails_in_one_line
@@ -137,6 +138,11 @@ def test_an_evening_of_cifar10():
     hours = steps * card.seconds(*cost.step_flops(row, forward)) / 3600
     assert f"at least {minutes:.0f} minutes and {hours:.1f} hours" in text
     assert f"at least {sum(cost.days('cifar10', card)):.0f} days" in text
+    page = (reproduce.ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    parts = re.findall(r"\| cifar10 \| (\d+) \+ \d+ \| [\d.]+ \| ([\d.]+) \|", page)
+    needed = np.interp(batch_size, *zip(*[map(float, part) for part in parts], strict=True))
+    shown = float(re.search(r"memory, by `memory.py` \| ([\d.]+) GiB", text)[1])
+    assert shown == pytest.approx(needed, abs=0.1) and 1.1 * shown + 1 < 24
 
 
 def test_the_two_lpips_differ_in_the_pooling_alone():

@@ -60,14 +60,6 @@ def test_unet_folder_costs_no_run(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("unet/ cannot be written (UserError: ")
 
 
-def test_the_backend_of_a_notebook(tmp_path):
-    """A kernel leaves its own in the environment of what it starts; no picture needs one."""
-    command = [sys.executable, ROOT / "toy_2d.py", "--steps", "1", "--out", tmp_path / "a.png"]
-    environment = {**os.environ, "MPLBACKEND": "of-a-notebook"}
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert (tmp_path / "a.png").stat().st_size > 10_000
-
-
 PRINTS = """
 import dataclasses, sys, tqdm
 from plumbing.options import Options, run_script

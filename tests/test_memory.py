@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
 
 import train
 from benchmarks import memory
@@ -110,11 +109,3 @@ def test_the_smallest_number_of_parts_that_fits(monkeypatch):
     assert [cells[7, card] for card in (10, 16, 24, 40, 80)] == ["no", "14", "2", "1", "1"]
     room = 1.1 * (12 + 2 / 8) + 1  # of 56 parts of 2 samples; a little less needs sharding
     assert memory.cell("cifar10", 7, room - 0.1, memory.Config()) == "28, sharded"
-
-
-@pytest.mark.slow
-def test_the_memory_of_an_evening_of_cifar10():
-    """The example in docs/large-runs.md."""
-    text = (ROOT / "docs" / "large-runs.md").read_text(encoding="utf-8")
-    needed = memory.peak("cifar10", 48, 48)
-    assert f"{needed:.1f} GiB" in text and 1.1 * needed + 1 < 24
