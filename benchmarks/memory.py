@@ -5,8 +5,8 @@
 
 train.py's `training_step` runs with networks of full size on tensors without data (PyTorch's
 FakeTensorMode), while every tensor's memory is counted from its making to its end. CUDA's autocast
-is imitated where it differs from the CPU's: group and layer norms compute in float32 there, and on
-contiguous copies.
+is imitated where it differs from the CPU's: group norms, layer norms and upsampling are in float32
+there, and the norms work on contiguous copies.
 
 With several GPUs, the gradients of both networks stay in memory (DistributedDataParallel's
 buckets), and with --shard-optimizer each GPU holds its share of AdamW's state. Of --accumulate's
@@ -59,6 +59,8 @@ PARTS = [
     ("sd15", "tiny", [(2, 1), (8, 4), (32, 16)]),
     ("sd15", "full", [(4, 1), (16, 4)]),
 ]
+# What CUDA's autocast computes in float32, but the CPU's does not (of what our networks use).
+IN_FLOAT32 = {name: getattr(F, name) for name in ("group_norm", "layer_norm", "interpolate")}
 
 
 @dataclass
@@ -98,15 +100,17 @@ def replace_tensors(module: nn.Module, *where, device=None, memory_format=None) 
     return module
 
 
-def as_on_a_gpu(norm: Callable) -> Callable:
-    """F.group_norm or F.layer_norm as CUDA and its autocast compute it."""
+def as_on_a_gpu(function: Callable) -> Callable:
+    """One of F's functions in IN_FLOAT32 as CUDA and its autocast compute it."""
 
     def call(*given, **named):
         if torch.is_autocast_enabled("cpu"):
             given, named = tree_map_only(Tensor, Tensor.float, (given, named))
         x, *others = given
+        if function is not F.interpolate:  # CUDA's norms do not know channels-last
+            x = x.contiguous()
         with torch.autocast("cpu", enabled=False):
-            return norm(x.contiguous(), *others, **named)
+            return function(x, *others, **named)
 
     return call
 
@@ -212,9 +216,8 @@ def peak(
         stack.enter_context(without_data())
         storages = stack.enter_context(Storages())
         stack.enter_context(mock.patch.object(train, "draw_batch", draw_batch))
-        for name in ("group_norm", "layer_norm"):
-            norm = as_on_a_gpu(getattr(F, name))
-            stack.enter_context(mock.patch.object(F, name, norm))
+        for name, function in IN_FLOAT32.items():
+            stack.enter_context(mock.patch.object(F, name, as_on_a_gpu(function)))
         run = make_run(replace(workload, phases=()), torch.device("cpu"))
         before = storages.bytes
         batch = draw_batch(run, 0, *map(range, sizes))
