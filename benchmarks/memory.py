@@ -8,9 +8,10 @@ FakeTensorMode), while every tensor's memory is counted from its making to its e
 is imitated where it differs from the CPU's: group norms, layer norms and upsampling are in float32
 there, and the norms work on contiguous copies.
 
-With several GPUs, the gradients of both networks stay in memory (DistributedDataParallel's
-buckets), and with --shard-optimizer each GPU holds its share of AdamW's state. Of --accumulate's
-parts, the samples are kept until mu_fake has learnt from them.
+With several GPUs, DistributedDataParallel's buckets hold the gradients of both networks all the
+time. With --accumulate, the gradients of the first parts stand beside them. With --shard-optimizer,
+each GPU holds its share of AdamW's state. The samples of all parts are kept until mu_fake has
+learnt from them.
 
 Left out are the CUDA context, the workspace of cuDNN and cuBLAS, NCCL's buffers and what the
 allocator cannot use. Therefore a card must hold the estimate, --slack of it and --context. fp16
@@ -20,6 +21,7 @@ The first table has a step's peak in GiB for parts of several sizes on one GPU. 
 smallest --accumulate with which a run fits, with the disk and days that it needs (see cost.py).
 """
 
+import bisect
 import contextlib
 import math
 import sys
@@ -50,7 +52,7 @@ from teachers import EDMTeacher, Teacher
 from workloads import WORKLOADS, Workload, get_workload
 
 GiB = 2**30
-CARDS = (16, 24, 40, 80)  # GiB
+CARDS = {16: 15, 24: 22, 40: 39, 80: 79}  # GB as sold: GiB that the least of them has
 # The first table: dataset, decoder, unpaired and paired samples of a part.
 PARTS = [
     ("mnist", "tiny", [(16, 4)]),
@@ -65,7 +67,7 @@ IN_FLOAT32 = {name: getattr(F, name) for name in ("group_norm", "layer_norm", "i
 
 @dataclass
 class Config(cost.Config):
-    """What a card must hold besides the estimate, and the speed of the GPUs, as for cost.py."""
+    """What a card must hold besides the estimate. The other options are those of cost.py."""
 
     slack: float = option(0.1, "share of the estimate that the allocator cannot use", least=0)
     context: float = option(1.0, "GiB of the CUDA context and of all libraries", least=0)
@@ -229,8 +231,9 @@ def peak(
                 parameter.grad = torch.zeros_like(parameter)
             learner.step(0)
             if several:
+                buckets += [torch.zeros_like(parameter) for parameter in learner.parameters]
+            if several and parts == 1:  # otherwise the first parts have gradients of their own
                 for parameter in learner.parameters:
-                    buckets.append(torch.zeros_like(parameter))
                     parameter.register_post_accumulate_grad_hook(forget_gradient)
         storages.peak = 0
         train.training_step(run, 1)
@@ -246,24 +249,25 @@ def forget_gradient(parameter: Tensor) -> None:
 # What fits
 
 
-def smallest(workload: Workload, gpus: int, fits: Callable) -> int | None:
-    """The smallest --accumulate with which all phases of a run fit, or None. More parts need less
-    memory (but for the samples, which are small), so it is found by bisection."""
+def smallest(workload: Workload, gpus: int, room: float) -> int | None:
+    """The smallest --accumulate with which all phases of a run fit, or None. From two parts on, in
+    which gradients are kept from part to part, more need less memory: it is found by bisection."""
     phases = [workload.at(start) for start in (0, *(end for end, _ in workload.phases[:-1]))]
     stages = {(phase.batch_size, phase.batch_size_ref, phase.decoder) for phase in phases}
     samples = math.gcd(*(size for stage in stages for size in stage[:2]))
-    found, candidates = None, [n for n in range(1, samples + 1) if samples % (n * gpus) == 0]
-    while candidates:
-        n = candidates[len(candidates) // 2]
-        needed = max(
-            peak(workload.dataset, B // gpus, R // gpus, parts=n, decoder=decoder, several=gpus > 1)
-            for B, R, decoder in stages
+
+    def fits_in(n: int) -> bool:
+        sizes = ((B // gpus, R // gpus, decoder) for B, R, decoder in stages)
+        how = {"parts": n, "several": gpus > 1}
+        return all(
+            peak(workload.dataset, B, R, decoder=decoder, **how) <= room for B, R, decoder in sizes
         )
-        if fits(needed):
-            found, candidates = n, [m for m in candidates if m < n]
-        else:
-            candidates = [m for m in candidates if m > n]
-    return found
+
+    parts = [n for n in range(1, samples + 1) if samples % (n * gpus) == 0]
+    if parts and fits_in(1):
+        return 1
+    first = bisect.bisect_left(parts, True, lo=1, key=fits_in)
+    return parts[first] if first < len(parts) else None
 
 
 def cell(dataset: str, gpus: int, card: float, config: Config) -> str:
@@ -271,8 +275,8 @@ def cell(dataset: str, gpus: int, card: float, config: Config) -> str:
     workload, parameters = WORKLOADS[dataset], cost.build(dataset).parameters()
     state = 2 * 8 * sum(p.numel() for p in parameters) / GiB  # AdamW's, of G and of mu_fake
     for freed, how in ((0.0, ""), (state * (1 - 1 / gpus), ", sharded")):
-        room = (card - config.context) / (1 + config.slack) + freed
-        if n := smallest(workload, gpus, lambda needed, room=room: needed <= room):
+        room = (card - config.context) / (1 + config.slack) + freed  # GiB
+        if n := smallest(workload, gpus, room):
             return f"{n}{how}"
     return "no"
 
@@ -284,7 +288,7 @@ def print_parts() -> None:
         name = f"{dataset}, {decoder} decoder" if WORKLOADS[dataset].latent else dataset
         for B, R in sizes:
             needed = (peak(dataset, B, R, decoder=decoder, amp=amp) for amp in ("off", "bf16"))
-            peaks = " | ".join(f"{GiB:.1f}" for GiB in needed)
+            peaks = " | ".join(f"{value:.1f}" for value in needed)
             print(f"| {name} | {B} + {R} | {peaks} |", flush=True)
 
 
@@ -296,7 +300,7 @@ def print_fits(config: Config) -> None:
         needs = cost.demands(dataset, config)
         disk = needs["GB of pairs"][0] + 2 * needs["GB of a save"][0]
         for gpus in (1, config.gpus or papers):
-            cells = " | ".join(cell(dataset, gpus, card, config) for card in CARDS)
+            cells = " | ".join(cell(dataset, gpus, card, config) for card in CARDS.values())
             days = float(f"{sum(cost.days(dataset, config)) / gpus:.2g}")
             print(f"| {dataset} | {gpus} | {cells} | {disk:.0f} | {days:g} |", flush=True)
 

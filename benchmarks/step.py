@@ -123,6 +123,8 @@ def measure(config: Config, folder: Path, workload: Workload) -> dict[str, float
     step.count = 0
     for _ in range(2):
         forward(), step()
+    if device.type == "cuda":  # cuDNN's search for algorithms, which takes memory, is over
+        torch.cuda.reset_peak_memory_stats(device)
     times = [
         (milliseconds(forward, device), milliseconds(step, device)) for _ in range(config.repeats)
     ]

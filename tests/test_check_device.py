@@ -83,6 +83,22 @@ def test_lpips(random_lpips, monkeypatch, capsys):
     assert code == 0 and len(rows) == 3 and last.startswith("all 2 limits hold")
 
 
+def test_speed(monkeypatch, capsys):
+    """Its rows have no limits. What does not fit is no fault."""
+    monkeypatch.setattr(
+        check_device.step, "measure", lambda *_: {"step": 22, "forward": 2, "GiB": 3}
+    )
+    code, rows, last = table("speed", monkeypatch, capsys)
+    assert code == 0 and len(rows) == 2 and last.startswith("all 0 limits hold")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(check_device.step, "measure", full)
+    code, (row,), _ = table("speed", monkeypatch, capsys)
+    assert code == 0 and row.startswith("mnist, off, 8 + 8 images")
+
+
 def half_is(amp, dtype):
     def patch(monkeypatch):
         monkeypatch.setattr(check_device, "precisions", lambda device: ["off", amp])

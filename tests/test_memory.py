@@ -70,6 +70,9 @@ def test_what_several_gpus_and_further_parts_add(small):
         mu = memory.teacher_of(WORKLOADS["mnist"]).mu_real
     network = sum(math.ceil(4 * each.numel() / 512) * 512 for each in mu.parameters())
     assert network < peak(2, several=True) - peak(2) < 2.1 * network
+    # In parts, there are gradients beside the buckets.
+    added = peak(4, parts=2, several=True) - peak(4, parts=2)
+    assert added == pytest.approx(2 * network, rel=0.1)
     # A part: z, z_ref, y_ref, two noises and x, of two samples each.
     samples = 6 * 2 * 4 * 28 * 28
     assert peak(6, parts=3) - peak(4, parts=2) == pytest.approx(samples, rel=0.1)
