@@ -126,6 +126,7 @@ class Config(Options):
     out: str = option("results", "folder of the results")
     runs: str = option("runs/reproduce", "folder of the runs")
     jobs: int = option(1, "runs at a time, each with its share of the cores", least=1)
+    uncommitted: bool = option(False, "measure even if the scripts differ from the last commit")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,10 +180,20 @@ def matmul_rate() -> float:
     return 2 * 1024**3 / statistics.median(times) / 1e9
 
 
+def git(*words: str) -> str:
+    """What git says of this project, or nothing."""
+    command = ["git", "-C", str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def changed() -> bool:
+    """Whether a script differs from the last commit. (Results do, once the first is written.)"""
+    return bool(git("status", "--porcelain", "--untracked-files=no", "--", "*.py"))
+
+
 def provenance() -> dict[str, str]:
     """Where a figure comes from."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = git("describe", "--always", "--abbrev=12") + ("-dirty" if changed() else "")
     machine = f"{os.cpu_count()} cores {platform.machine()}, {matmul_rate():.0f} GFLOP/s"
     software = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
     return {"commit": commit or "unknown", "machine": f"{machine}; {software}"}
@@ -450,6 +461,8 @@ def publish(config: Config) -> None:
 
 def main(config: Config) -> None:
     """Measure what is missing, then write tables and pictures."""
+    if changed() and not config.uncommitted:
+        raise UserError("the scripts differ from the last commit; commit first")
     matmul_rate()
     results, out = Results(config), Path(config.out)
     if not results.has(REAL):

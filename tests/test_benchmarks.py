@@ -205,7 +205,7 @@ def commands(monkeypatch, finished_run) -> list[list[str]]:
         "load_mnist": lambda folder, train: (digits, labels), "SAMPLES": 200, "run": run,
         "SOLVERS": dict(list(reproduce.SOLVERS.items())[:1]), "SEEDS_OF_DEFAULT": 1, "SEEDS": 1,
         "TABLE_2": {"full": [], "no KL": ["--lambda-dm", "0"]}, "DEPARTURES": {},
-        "publish": lambda config: None,
+        "publish": lambda config: None, "changed": lambda: False,
     }.items():  # fmt: skip
         monkeypatch.setattr(reproduce, name, value)
     return commands
@@ -242,6 +242,17 @@ def test_reproduce_measures_once_and_mixes_nothing(commands, tmp_path, monkeypat
     with pytest.raises(UserError, match="made with another losses than today's"):
         reproduce.main(config)
     assert json.loads(path.read_text()) == results
+
+
+def test_figures_come_from_commits(monkeypatch):
+    """reproduce.py does not measure what nobody can check out."""
+    results = json.loads((reproduce.ROOT / "results" / "mnist.json").read_text())
+    for by_seed in results.values():
+        assert all(re.fullmatch("[0-9a-f]{12}", entry["commit"]) for entry in by_seed.values())
+    monkeypatch.setattr(reproduce, "git", lambda *words: " M train.py")
+    with pytest.raises(UserError, match="commit first"):
+        reproduce.main(reproduce.Config())
+    assert reproduce.provenance()["commit"].endswith("-dirty")
 
 
 def test_reproduce_stops_with_its_scripts(tmp_path, monkeypatch):
