@@ -119,7 +119,7 @@ def distance(found: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> f
     """The L2 distance, divided by that of `expected` to the origin; instead of NaN, infinity."""
     found, expected = flat([found]), flat([expected])
     error = (found - expected).norm() / (expected - origin).norm()
-    return error.nan_to_num(math.inf).item()
+    return math.inf if error.isnan() else error.item()
 
 
 # --------------------------------------------------------------------------------------------------
