@@ -4,7 +4,7 @@
     python benchmarks/memory.py --gpus 8 --tflops 71           on eight GPUs of another kind
 
 train.py's `training_step` runs with networks of full size on tensors without data (PyTorch's
-FakeTensorMode), while every tensor's memory is counted from its making to its end. CUDA's autocast
+FakeTensorMode), while every tensor's memory is counted from allocation to release. CUDA's autocast
 is imitated where it differs from the CPU's: group norms, layer norms and upsampling are in float32
 there, and the norms work on contiguous copies.
 

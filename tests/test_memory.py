@@ -107,7 +107,7 @@ def test_the_smallest_number_of_parts_that_fits(monkeypatch):
     monkeypatch.setattr(memory, "peak", peak)
     cells = {(gpus, card): memory.cell("cifar10", gpus, card, memory.Config())
              for gpus in (1, 7) for card in (10, 16, 24, 40, 80)}  # fmt: skip
-    # 392 + 392 on one GPU: 108 GiB; 98 fit into 80 with 2 parts (59 GiB), and so on.
+    # 392 + 392 samples on one GPU: 108 GiB in one part, 59 in two; cards must have 119.8, 65.9.
     assert [cells[1, card] for card in (10, 16, 24, 40, 80)] == ["no", "28", "14", "4", "2"]
     assert [cells[7, card] for card in (10, 16, 24, 40, 80)] == ["no", "14", "2", "1", "1"]
     room = 1.1 * (12 + 2 / 8) + 1  # of 56 parts of 2 samples; a little less needs sharding
