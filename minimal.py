@@ -26,10 +26,10 @@ from plumbing.edm_files import load_edm
 # it and set TEACHER = "edm-cifar10-32x32-cond-vp.pkl", LEARNING_RATE = 5e-5, STEPS = 300_000.
 TEACHER = "assets/mnist_teacher.safetensors"
 NUM_PAIRS = 1000
-STEPS = 1000  # training steps
-B, R = 16, 4  # unpaired and paired samples per step
-LEARNING_RATE = 6e-4  # of G; mu_fake's is five times as high, so that it keeps up with G
-LAMBDA_REG, T_MAX = 0.5, 600  # in the paper 0.25, with LPIPS instead of L2, and 980
+STEPS = 500  # training steps
+B, R = 32, 8  # unpaired and paired samples per step
+LEARNING_RATE = 8e-4  # of G; mu_fake's is five times as high, so that it keeps up with G
+LAMBDA_REG, T_MAX = 0.25, 600  # in the paper 0.25, but with LPIPS instead of L2, and 980
 SEED = 0
 
 torch.manual_seed(SEED)

@@ -54,7 +54,7 @@ from plumbing.devices import Ranks, autocast, pick_amp, pick_device, to
 from plumbing.files import torch_load
 from plumbing.options import Options, one_line, option, run_script
 from teachers import EDMTeacher, Teacher, load_lpips, load_teacher
-from workloads import WORKLOADS, get_workload
+from workloads import get_workload
 
 UNIT = {"bf16": 2**-8, "fp16": 2**-11}  # the largest error of one rounding
 # The networks round a hundred times, but most errors cancel: on a CPU they are up to 3 units. In
@@ -385,19 +385,21 @@ def speed(device: torch.device) -> Iterator[Row]:
     if device.type == "cuda":
         sizes = {"mnist": 64, "cifar10": 16, "imagenet64": 4}
     for dataset, B in sizes.items():
-        name = f"{dataset}, {amp}, {B} + {B} images"
+        workload = get_workload(dataset, batch_size=B)
+        R = workload.batch_size_ref
+        name = f"{dataset}, {amp}, {B} + {R} images"
         config = step.Config(dataset, B, repeats=5, amp=amp, device=str(device))
         try:
             free_memory()  # of the data set before
             with tempfile.TemporaryDirectory() as folder:
-                found = step.measure(config, Path(folder), WORKLOADS[dataset])
+                found = step.measure(config, Path(folder), workload)
         except torch.OutOfMemoryError:
             yield Row(name, "does not fit into memory")
             break
-        yield Row(f"{name}: step over its floor", found["step"] / (11 * found["forward"]))
+        yield Row(f"{name}: step over its floor", found["step"] / found["floor"])
         what = f"{name}: GiB at the peak"
         if device.type == "cuda":
-            what += f" (memory.py: {peak(dataset, B, B, distance='l2'):.2g})"
+            what += f" (memory.py: {peak(dataset, B, R, distance='l2'):.2g})"
         yield Row(what, found["GiB"])
 
 

@@ -3,15 +3,15 @@
     python benchmarks/reproduce.py                hours on 2 CPU cores
     python benchmarks/reproduce.py --jobs 2       two runs at a time, of one core each
 
-It measures the real digits, the teacher with several numbers of steps, minimal.py with three seeds
-and the default recipe with five. Then it measures, with fewer steps (STEPS) and three seeds each,
-Table 2 in small, and the recipe with one departure from the paper undone at a time. It writes to
+It measures the real digits, the teacher with several numbers of steps, minimal.py and the default
+recipe. Then it measures variants of the recipe: Table 2 in small, the recipe with one departure
+from the paper undone at a time, other batches, and up to three times as many steps. It writes to
 results/
 
     mnist.json      every figure, with seed, seconds, commit, machine, and what it depends on
     mnist.md        the same as tables; some are copied into the README and docs/, between markers
     *.png, *.gif    digits of minimal.py and of every variant; digits, curves and film of the
-                    default run
+                    default run; figures and logged scalars against the number of steps
 
 and the generator of the default run to assets/. What mnist.json already holds is not measured
 again, so an interrupted run resumes. Figures made with other losses, another loop, network, recipe,
@@ -22,6 +22,7 @@ teacher or judge than today's are an error, so that they are never mixed. The la
 
 import ast
 import contextlib
+import csv
 import hashlib
 import json
 import os
@@ -35,7 +36,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ from plumbing.digits import (
     load_classifier,
     measure,
 )
-from plumbing.drawing import save_grid
+from plumbing.drawing import save_grid, write_figure
 from plumbing.files import (
     file_hash,
     read_json,
@@ -67,36 +68,54 @@ from plumbing.files import (
 )
 from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import sample_noise
-from teachers import load_generator
+from plumbing.rundir import SCALARS
+from teachers import load_generator, load_teacher
 from workloads import WORKLOADS
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 GENERATOR = ASSETS / "mnist_generator.safetensors"
 
-# What is measured: minimal.py, the default recipe, and variants of it with fewer steps. A variant
-# is a name -> options of train.py.
-MINIMAL, DEFAULT, STEPS = "student, minimal.py", "student, default recipe", 300
+ROW = WORKLOADS["mnist"]
+STEPS, RATE = ROW.steps, ROW.learning_rate
+
+# What is measured: minimal.py, the default recipe, and variants of it. A variant is a name ->
+# options of train.py.
+MINIMAL, DEFAULT = "student, minimal.py", "student, default recipe"
 TABLE_2 = {
-    "full": [],
-    "without distribution matching": ["--lambda-dm", "0"],
-    "without regression": ["--lambda-reg", "0"],
+    "without distribution matching": {"lambda_dm": 0},
+    "without regression": {"lambda_reg": 0},
     # As in the paper, where 1e-5 is a fifth of CIFAR-10's rate.
-    "without regression, a fifth of the learning rate": [
-        "--lambda-reg", "0", "--learning-rate", str(WORKLOADS["mnist"].learning_rate / 5),
-    ],
-    "w_t = sigma_t / alpha_t": ["--weighting", "dreamfusion"],
-    "w_t = sigma_t^3 / alpha_t": ["--weighting", "prolificdreamer"],
+    "without regression, a fifth of the learning rate": {
+        "lambda_reg": 0, "learning_rate": RATE / 5,
+    },
+    "w_t = sigma_t / alpha_t": {"weighting": "dreamfusion"},
+    "w_t = sigma_t^3 / alpha_t": {"weighting": "prolificdreamer"},
 }  # fmt: skip
 DEPARTURES = {
-    "T_max = 0.98 T": ["--max-dm-step", "980"],
-    "mu_fake learns at G's rate": ["--fake-lr-ratio", "1"],
-    "beta_1 = 0.9": ["--beta1", "0.9"],
-    "no moving average of G": ["--ema", "0"],
-    "lambda_reg = 0.25": ["--lambda-reg", "0.25"],
-    "as many paired samples as unpaired": ["--batch-size-ref", "16"],
+    "T_max = 0.98 T": {"max_dm_step": 980},
+    "mu_fake learns at G's rate": {"fake_lr_ratio": 1},
+    "beta_1 = 0.9": {"beta1": 0.9},
+    "no moving average of G": {"ema": 0},
 }
-SEEDS_OF_DEFAULT, SEEDS = 5, 3  # for the default recipe, for everything else
+CHOICES = {  # The learning rate goes with the root of the number of unpaired samples.
+    "lambda_reg = 0.5": {"lambda_reg": 0.5},
+    "8 + 2 samples, 4 times the steps, half the learning rate": {
+        "batch_size": 8, "batch_size_ref": 2, "steps": 4 * STEPS, "learning_rate": RATE / 2,
+    },
+    "16 + 4 samples, twice the steps, 0.7 of the learning rate": {
+        "batch_size": 16, "batch_size_ref": 4, "steps": 2 * STEPS, "learning_rate": 0.7 * RATE,
+    },
+    "16 + 16 samples, 1.6 times the steps (the same time), 0.7 of the learning rate": {
+        "batch_size": 16, "batch_size_ref": 16, "steps": STEPS * 8 // 5,
+        "learning_rate": 0.7 * RATE,
+    },
+}  # fmt: skip
+VARIANTS = {DEFAULT: {}} | TABLE_2 | DEPARTURES | CHOICES
+FIVE_SEEDS, SEEDS = (DEFAULT, "lambda_reg = 0.5"), 3  # SEEDS: of everything else
+# These are trained on, and measured at all POINTS.
+LONG = (DEFAULT, "without regression", "without distribution matching")
+POINTS = tuple(STEPS * n // 10 for n in (2, 4, 6, 8, 10, 14, 20, 30))  # steps
 # The teacher: name -> options of evaluate.py, evaluations of the network.
 SOLVERS = {
     "untrained student (the teacher's single step)": ({"rows": ("untrained",)}, 1),
@@ -145,15 +164,14 @@ def code_hash(*files: str) -> str:
     return hashlib.sha256("".join(dumps).encode()).hexdigest()[:16]
 
 
-ALL_PARTS = "losses loop network recipe teacher judge"  # of a run; a variant also depends on STEPS
+ALL_PARTS = "losses loop network recipe teacher judge"  # on these a run depends
 
 
 @cache
 def dependencies() -> dict[str, str]:
     """The parts of the project on which figures depend -> their hashes."""
-    workload = WORKLOADS["mnist"]
-    recipe = {k: v for k, v in workload.settings().items() if k != "teacher"}
-    recipe |= {"num_pairs": workload.num_pairs, "solver_steps": workload.solver_steps}
+    recipe = {k: v for k, v in ROW.settings().items() if k != "teacher"}
+    recipe |= {"num_pairs": ROW.num_pairs, "solver_steps": ROW.solver_steps}
     judge = file_hash(ASSETS / CLASSIFIER) + file_hash(ASSETS / STATISTICS)
     judges = ["plumbing/digits.py", "benchmarks/neighbours.py", "assets/mnist.py"]
     judges.append("assets/train_classifier.py")
@@ -163,21 +181,22 @@ def dependencies() -> dict[str, str]:
         "network": code_hash("edm_unet.py"),
         "minimal": code_hash("minimal.py"),
         "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
-        "teacher": file_hash(Path(workload.teacher)),
+        "teacher": file_hash(Path(ROW.teacher)),
         "judge": judge + code_hash(*judges),
-        "steps": str(STEPS),
     }
 
 
-@cache
-def matmul_rate() -> float:
-    """GFLOP/s of this machine before the runs start, because a shared machine has slow hours."""
-    a, times = torch.randn(1024, 1024), []
-    for _ in range(20):
+@torch.no_grad()
+def forward_ms() -> float:
+    """F, the time of the teacher's forward on 32 digits in milliseconds. It is the machine's speed
+    just now, because a shared machine has slow hours."""
+    mu_real, times = load_teacher(ROW).mu_real, []
+    x, t, cond = torch.randn(32, 1, 28, 28), torch.full((32,), 500), torch.arange(32) % 10
+    for _ in range(30):
         clock = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - clock)
-    return 2 * 1024**3 / statistics.median(times) / 1e9
+        mu_real(x, t, cond)
+        times.append(1000 * (time.perf_counter() - clock))
+    return statistics.median(times)
 
 
 def git(*words: str) -> str:
@@ -194,7 +213,7 @@ def changed() -> bool:
 def provenance() -> dict[str, str]:
     """Where a figure comes from."""
     commit = git("describe", "--always", "--abbrev=12") + ("-dirty" if changed() else "")
-    machine = f"{os.cpu_count()} cores {platform.machine()}, {matmul_rate():.0f} GFLOP/s"
+    machine = f"{os.cpu_count()} cores {platform.machine()}"
     software = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
     return {"commit": commit or "unknown", "machine": f"{machine}; {software}"}
 
@@ -247,8 +266,8 @@ class Results:
     """mnist.json: name -> seed -> figures, and how they came about."""
 
     def __init__(self, config: Config):
-        self.path, self.judge = Path(config.out) / "mnist.json", None
-        self.config, self.runs = config, read_json(self.path) if self.path.exists() else {}
+        self.path, self.config = Path(config.out) / "mnist.json", config
+        self.runs = read_json(self.path) if self.path.exists() else {}
         for name, by_seed in self.runs.items():
             for seed, found in by_seed.items():
                 old = [k for k, v in found["made_with"].items() if dependencies()[k] != v]
@@ -263,17 +282,19 @@ class Results:
         """Whether this was measured before."""
         return str(seed) in self.runs.get(name, {})
 
-    def add(
-        self, name: str, images: Tensor, labels: Tensor, parts: str, seed: int = 0, **more
-    ) -> None:
-        """Measure images (N, 1, 28, 28) in [-1, 1], made for labels (N,) long; write mnist.json.
+    @cached_property
+    def judge(self) -> Judge:
+        """Both classifiers. The second is trained when it is needed first."""
+        return Judge(self.config)
+
+    def add(self, name: str, figures: dict, parts: str, seed: int = 0, **more) -> None:
+        """Write what Judge.measure found to mnist.json.
 
         Args:
             parts: the keys of `dependencies` on which the figures depend.
             more: other entries to write beside the figures.
         """
-        self.judge = self.judge or Judge(self.config)
-        found = self.judge.measure(images, labels) | provenance() | more
+        found = figures | provenance() | more
         found["made_with"] = {part: dependencies()[part] for part in parts.split()}
         self.runs.setdefault(name, {})[str(seed)] = found
         write_json(self.path, self.runs)
@@ -303,15 +324,17 @@ def run_minimal(seed: int, config: Config, results: Results) -> None:
     assert found == 1
     copy = (Path(config.runs) / f"minimal_{seed}.py").resolve()
     write_bytes(copy, source.encode())
-    clock = time.perf_counter()
+    F, clock = forward_ms(), time.perf_counter()
     with contextlib.chdir(ROOT):
         G = runpy.run_path(str(copy))["average"].cpu()
         seconds = {"together": time.perf_counter() - clock}
         shutil.move("minimal.png", copy.with_suffix(".png"))
+    F = (F + forward_ms()) / 2
     row = evaluate.Row("student", G, 1, "minimal.py", "", G.mu.net)
     how = evaluate.Config(samples=SAMPLES, dataset="mnist", amp="off", batch_size=100)
+    figures = results.judge.measure(*draw_row(row, how))
     parts = "losses network minimal teacher judge"
-    results.add(MINIMAL, *draw_row(row, how), parts, seed, seconds=seconds)
+    results.add(MINIMAL, figures, parts, seed, seconds=seconds, F=F)
 
 
 def folder_of(name: str, seed: int, config: Config) -> Path:
@@ -320,39 +343,80 @@ def folder_of(name: str, seed: int, config: Config) -> Path:
     return Path(config.runs) / f"{slug}-{seed}"
 
 
-def train(name: str, seed: int, config: Config, jobs: int) -> dict[str, float]:
-    """Train one variant -> its seconds."""
+def points(name: str, seed: int) -> tuple[int, ...]:
+    """The steps at which a run is measured. The last one is its end."""
+    return POINTS if name in LONG and seed < SEEDS else (VARIANTS[name].get("steps", STEPS),)
+
+
+def label(name: str, step: int) -> str:
+    """The name in mnist.json of a variant's figures at a step."""
+    return f"{name}, {step} steps" if name in LONG and step != STEPS else name
+
+
+def train(name: str, seed: int, end: int, config: Config, jobs: int) -> float:
+    """Train one variant -> its seconds. Its folder keeps the generator of every 50th step."""
     out = folder_of(name, seed, config)
-    where = ["--pairs", Path(config.runs) / "pairs", "--out", out]
-    flags = [] if name == DEFAULT else ["--steps", STEPS, *(TABLE_2 | DEPARTURES)[name]]
-    seconds = run("train.py", *where, "--seed", seed, *flags, jobs=jobs)
-    if not (out / "training.gif").exists():  # SIGTERM ends a run early, without an error
+    options = VARIANTS[name] | {"steps": end, "seed": seed, "keep": 100}
+    flags = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", v)]
+    where = ("--pairs", Path(config.runs) / "pairs", "--out", out)
+    seconds = run("train.py", *where, *flags, jobs=jobs)
+    if not (out / f"generator_{end:06d}.safetensors").exists():  # SIGTERM ends it without an error
         raise KeyboardInterrupt
-    return {"train": seconds}
+    return seconds
+
+
+def figures_at(name: str, seed: int, step: int, config: Config, judge: Judge) -> dict:
+    """The figures of a run at a step, and the means of what it logged in the 50 steps before."""
+    out = folder_of(name, seed, config)
+    with open(out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))[max(0, step - 50) : step]
+    scalars = {name: statistics.mean(float(row[name]) for row in rows) for name in SCALARS}
+    digits = draw(checkpoint=str(out / f"generator_{step:06d}.safetensors"), rows=("student",))
+    return judge.measure(*digits) | {"scalars": scalars}
+
+
+def time_default(config: Config, results: Results) -> None:
+    """Run the README's three commands alone, for their time, and measure the result."""
+    out, F = folder_of(DEFAULT, 0, config), forward_ms()
+    seconds = {"pairs": run("make_pairs.py", "--out", Path(config.runs) / "pairs")}
+    seconds["train"] = train(DEFAULT, 0, STEPS, config, jobs=1)
+    seconds["sample"] = run("sample.py", "--checkpoint", out, "--out", out / "digits.png")
+    F = (F + forward_ms()) / 2
+    figures = figures_at(DEFAULT, 0, STEPS, config, results.judge)
+    publish_default(config)  # before the run goes on
+    results.add(DEFAULT, figures, ALL_PARTS, 0, seconds=seconds, F=F)
 
 
 def train_all(config: Config, results: Results) -> None:
     """Train and measure what is missing. The default recipe's first run is alone, for its time."""
-    first = folder_of(DEFAULT, 0, config)
-    seconds = {"pairs": run("make_pairs.py", "--out", Path(config.runs) / "pairs")}
     if not results.has(DEFAULT):
-        seconds |= train(DEFAULT, 0, config, jobs=1)
-        seconds["sample"] = run("sample.py", "--checkpoint", first, "--out", first / "digits.png")
-        digits = draw(checkpoint=str(first), rows=("student",))
-        results.add(DEFAULT, *digits, ALL_PARTS, seconds=seconds)
-    wanted = [(DEFAULT, seed) for seed in range(SEEDS_OF_DEFAULT)]
+        time_default(config, results)
+    run("make_pairs.py", "--out", Path(config.runs) / "pairs")
     # Seed by seed, so that an early stop leaves every variant measured once.
-    wanted += [(name, seed) for seed in range(SEEDS) for name in TABLE_2 | DEPARTURES]
-    wanted = [key for key in wanted if not results.has(*key)]
+    runs = [(n, s) for s in range(5) for n in VARIANTS if s < (5 if n in FIVE_SEEDS else SEEDS)]
+    missing = {
+        (name, seed): [
+            step for step in points(name, seed) if not results.has(label(name, step), seed)
+        ]
+        for name, seed in runs
+    }
+
+    def work(name: str, seed: int, steps: list[int]) -> list[dict]:
+        seconds = {"train": train(name, seed, points(name, seed)[-1], config, config.jobs)}
+        found = [figures_at(name, seed, step, config, results.judge) for step in steps]
+        return [figures | {"seconds": seconds, "jobs": config.jobs} for figures in found]
+
+    results.judge  # noqa: B018 (trained now, not in every thread)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.jobs))
     with ThreadPoolExecutor(config.jobs) as pool:
-        futures = {pool.submit(train, *key, config, config.jobs): key for key in wanted}
+        futures = {
+            pool.submit(work, *key, steps): (*key, steps) for key, steps in missing.items() if steps
+        }
         try:
             for future in as_completed(futures):
-                (name, seed), seconds = futures[future], future.result()
-                folder = str(folder_of(name, seed, config))
-                digits = draw(checkpoint=folder, rows=("student",))
-                parts = ALL_PARTS if name == DEFAULT else f"{ALL_PARTS} steps"
-                results.add(name, *digits, parts, seed, seconds=seconds, jobs=config.jobs)
+                name, seed, steps = futures[future]
+                for step, figures in zip(steps, future.result(), strict=True):
+                    results.add(label(name, step), figures, ALL_PARTS, seed)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -385,8 +449,8 @@ def figures_table(results: dict, names: list[str], columns: list[tuple[str, str]
             cell([judges[judge][f] for judges in found], FIGURES[f][1], f in ("fd", "accuracy"))
             for judge, f in columns
         ]
-        label = f"{name} (evaluations: {SOLVERS[name][1]})" if name in SOLVERS else name
-        rows.append([label, *cells])
+        more = f" (evaluations: {SOLVERS[name][1]})" if name in SOLVERS else ""
+        rows.append([name + more, *cells])
     return table(["", *heads], rows)
 
 
@@ -398,11 +462,13 @@ def tables(results: dict) -> dict[str, str]:
     untrained, *teachers = SOLVERS
     groups = {
         "what comes out": [untrained, MINIMAL, DEFAULT, *teachers, REAL],
-        "table 2": list(TABLE_2),
-        "departures": ["full", *DEPARTURES],
-    }
+        "table 2": [DEFAULT, *TABLE_2],
+        "departures": [DEFAULT, *DEPARTURES],
+        "choices": [DEFAULT, *CHOICES],
+    } | {f"steps: {name}": [label(name, step) for step in POINTS] for name in LONG}
     made = {group: figures_table(results, names, short) for group, names in groups.items()}
-    everything = list(results)
+    in_between = {label(name, step) for name in LONG for step in POINTS if step != STEPS}
+    everything = [name for name in results if name not in in_between]
     for number, judge in enumerate(JUDGES, start=1):
         columns = [(judge, f) for f in FIGURES]
         made[f"judge {number}"] = figures_table(results, everything, columns)
@@ -412,17 +478,27 @@ def tables(results: dict) -> dict[str, str]:
         for by_seed in [[entry["diversity_by_class"] for entry in results[name].values()]]
     ]
     made["diversity by class"] = table(["", *map(str, range(10))], by_class)
-    seconds = results[DEFAULT]["0"]["seconds"]
-    seconds = seconds | {"together": sum(seconds.values())}
-    row = [*(f"{value:.0f} s" for value in seconds.values()), results[DEFAULT]["0"]["machine"]]
-    made["time"] = table([*seconds, "machine"], [row])
+    made["time"] = time_table(results)
     runs = [
         [name, seed, *(f"{entry['judges'][first][f]:.4f}" for f in FIGURES), entry["commit"],
          entry["machine"]]
-        for name in everything for seed, entry in results[name].items()
+        for name in results for seed, entry in results[name].items()
     ]  # fmt: skip
     made["runs"] = table(["", "seed", *FIGURES, "commit", "machine"], runs)
     return made
+
+
+def time_table(results: dict) -> str:
+    """The seconds of the three commands and of minimal.py. One unit, F, is the same everywhere."""
+    rows = []
+    for name, entry in ((n, results[n]["0"]) for n in (DEFAULT, MINIMAL) if n in results):
+        seconds = {"pairs": 0, "train": 0, "sample": 0} | entry["seconds"]
+        seconds["together"] = together = sum(seconds.values())
+        in_seconds = [f"{value:.0f} s" if value else "" for value in seconds.values()]
+        F, in_F = f"{entry['F']:.0f} ms", f"{1000 * together / entry['F']:,.0f} F"
+        rows.append([name.split(", ")[1], *in_seconds, F, in_F, entry["machine"]])
+    heads = ["", "pairs", "train", "sample", "together", "F", "together, in F", "machine"]
+    return table(heads, rows)
 
 
 def page(results: dict) -> str:
@@ -438,21 +514,65 @@ def fill(text: str, made: dict[str, str]) -> str:
     return marked.sub(lambda found: found[1] + made[found[2]] + found[3], text)
 
 
+def draw_steps(path: Path, results: dict) -> None:
+    """Plot figures (above) and logged scalars (below) of LONG against the step: the mean over the
+    seeds, and their range."""
+    from matplotlib.figure import Figure  # late, see options.py
+
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    above, below = figure.subplots(2, 5, sharex=True)
+    shown = [(judge, "fd") for judge in JUDGES]
+    shown += [(JUDGES[0], name) for name in ("accuracy", "diversity", "recall")]
+    panels = {
+        FIGURES[f][0] + (" (2)" if judge == JUDGES[1] else ""): (
+            lambda e, j=judge, f=f: e["judges"][j][f]
+        )
+        for judge, f in shown
+    }
+    panels |= {name: (lambda e, name=name: e["scalars"][name]) for name in SCALARS}
+    for axis, (title, value) in zip([*above, *below], panels.items(), strict=True):
+        for name in LONG:
+            steps = [step for step in POINTS if label(name, step) in results]
+            found = [[value(e) for e in results[label(name, step)].values()] for step in steps]
+            (line,) = axis.plot(steps, [statistics.mean(each) for each in found], label=name)
+            low, high = [min(each) for each in found], [max(each) for each in found]
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.axvline(STEPS, color="grey", linestyle=":")
+        axis.set(
+            title=title, yscale="log" if title.startswith(("FD", "loss", "grad")) else "linear"
+        )
+        axis.grid(alpha=0.3)
+    above[0].legend(fontsize="small")
+    for axis in below:
+        axis.set(xlabel="step")
+    write_figure(path, figure)
+
+
 @torch.no_grad()
-def publish(config: Config) -> None:
-    """Write what is shown of seed 0, if its runs are there: minimal.png, the default run's pictures
-    and its generator in half precision, and 20 digits of every variant."""
+def publish_default(config: Config) -> None:
+    """Write what is shown of the default run, and its generator in half precision to assets/."""
     out, first = Path(config.out), folder_of(DEFAULT, 0, config)
+    tensors, metadata = read_tensors(first / "generator.safetensors")
+    write_tensors(GENERATOR, {name: value.half() for name, value in tensors.items()}, metadata)
+    for name in ("training.gif", "curves.png"):
+        shutil.copyfile(first / name, out / name)
+    beside = ("--checkpoint", first, "--teacher", "--seeds", "0-39", "--columns", 20)
+    run("sample.py", *beside, "--out", out / "digits.png")
+
+
+@torch.no_grad()
+def publish(config: Config, results: dict) -> None:
+    """Write tables and pictures: minimal.png and 20 digits of every variant, if their runs with
+    seed 0 are there."""
+    out = Path(config.out)
+    write_bytes(out / "mnist.md", page(results).encode())
+    draw_steps(out / "steps.png", results)
     if (drawn := Path(config.runs) / "minimal_0.png").exists():
         shutil.copyfile(drawn, out / "minimal.png")
-    if (first / "training.gif").exists():
-        tensors, metadata = read_tensors(first / "generator.safetensors")
-        write_tensors(GENERATOR, {name: value.half() for name, value in tensors.items()}, metadata)
-        for name in ("training.gif", "curves.png"):
-            shutil.copyfile(first / name, out / name)
-        beside = ("--checkpoint", first, "--teacher", "--seeds", "0-39", "--columns", 20)
-        run("sample.py", *beside, "--out", out / "digits.png")
-    files = [folder_of(name, 0, config) / "generator.safetensors" for name in TABLE_2]
+    files = [
+        folder_of(name, 0, config) / f"generator_{STEPS:06d}.safetensors"
+        for name in (DEFAULT, *TABLE_2)
+    ]
     if all(file.exists() for file in files):
         z, cond = sample_noise("pictures", 7, range(20), (1, 28, 28)), torch.arange(20) % 10
         rows = [load_generator(file)[0](z, cond) for file in files]
@@ -463,20 +583,20 @@ def main(config: Config) -> None:
     """Measure what is missing, then write tables and pictures."""
     if changed() and not config.uncommitted:
         raise UserError("the scripts differ from the last commit; commit first")
-    matmul_rate()
     results, out = Results(config), Path(config.out)
     if not results.has(REAL):
         images, labels = load_mnist(config.data, train=True)
-        results.add(REAL, images[:SAMPLES], labels[:SAMPLES], "judge")
+        figures = results.judge.measure(images[:SAMPLES], labels[:SAMPLES])
+        results.add(REAL, figures, "judge")
     for name, (options, _) in SOLVERS.items():
         if not results.has(name):
-            results.add(name, *draw(dataset="mnist", **options), "judge teacher network")
+            figures = results.judge.measure(*draw(dataset="mnist", **options))
+            results.add(name, figures, "judge teacher network")
     for seed in range(SEEDS):
         if not results.has(MINIMAL, seed):
             run_minimal(seed, config, results)
     train_all(config, results)
-    write_bytes(out / "mnist.md", page(results.runs).encode())
-    publish(config)
+    publish(config, results.runs)
     print(f"wrote {out / 'mnist.json'} and {out / 'mnist.md'}")
 
 

@@ -65,11 +65,12 @@ def measure(config: Config, dataset: str, batch: int, size: int | None = None) -
         options += ["--resolution", size] if size else []
         run("benchmarks/step.py", *options)
         found = read_json(numbers)
-    floor, lpips = 11 * found["forward"], f"{found['lpips']:.0f} ms" if "lpips" in found else ""
-    size = size or get_workload(dataset).image_shape[-1]
+    workload = get_workload(dataset, batch_size=batch)
+    size = size or workload.image_shape[-1]
     cells = (
-        dataset, size, batch, f"{found['forward']:.1f} ms", f"{found['step']:.1f} ms",
-        f"{found['step'] / floor:.2f}", f"{found['GiB']:.1f} GiB", lpips,
+        dataset, size, f"{batch} + {workload.batch_size_ref}", f"{found['forward']:.1f} ms",
+        f"{found['step']:.1f} ms", f"{found['step'] / found['floor']:.2f}",
+        f"{found['GiB']:.1f} GiB", f"{found['lpips']:.0f} ms" if "lpips" in found else "",
     )  # fmt: skip
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     return found
@@ -107,7 +108,7 @@ def draw(path: Path, by_batch: dict, by_size: dict, batch: int) -> None:
 def main(config: Config) -> None:
     """Measure, print the table, and plot."""
     datasets = config.datasets or tuple(BATCHES)
-    print("| dataset | resolution | batch | F | step | ratio to 11 F | memory | LPIPS |")
+    print("| dataset | resolution | batch | F | step | ratio to floor | memory | LPIPS |")
     print("|---|---|---|---|---|---|---|---|")
     by_batch = {
         dataset: {

@@ -4,17 +4,18 @@
     python benchmarks/step.py --dataset imagenet64 --batch-size 48 --amp bf16 --compile
 
 It runs train.py's `training_step`, including the random draws and the reading of pairs. The weights
-and the pairs are random. Let F be the time of one forward of the teacher on B images. If a backward
-counts as two forwards, a step with B unpaired and B paired images costs 11 F:
+and the pairs are random. Let F(n) be the time of one forward of the teacher on n images. If a
+backward counts as two forwards, a step with B unpaired and R paired images costs
+3 F(B + R) + 5 F(B):
 
-    G on 2B images, forward and backward     6 F
-    teacher and mu_fake, forward             2 F
-    mu_fake, forward and backward            3 F
+    G on B + R images, forward and backward       3 F(B + R)
+    teacher and mu_fake on B images, forward      2 F(B)
+    mu_fake on B images, forward and backward     3 F(B)
 
 LPIPS (VGG at 224x224, random weights) is timed separately. Memory is the peak of the GPU's or, on a
 CPU, that of the process, which includes Python and PyTorch. The last line it prints:
 
-    F 33.9 ms, step 394.8 ms, floor 372.8 ms, ratio 1.06
+    F(32) 33.9 ms, step 394.8 ms, floor 372.8 ms, ratio 1.06
 """
 
 import json
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,7 +50,7 @@ class Config(Options):
     """What to measure, and how."""
 
     dataset: str = option("mnist", "the dataset whose networks are timed", DATASETS)
-    batch_size: int = option(32, "B: unpaired images, and as many paired ones", least=1)
+    batch_size: int = option(32, "B: unpaired images; R is in proportion to the dataset's", least=1)
     resolution: int | None = option(None, "of the images (default: the dataset's)")
     repeats: int = option(15, "steps and forwards to time, in turn; medians count", least=1)
     amp: str = option("off", "half precision: auto, bf16, fp16, off", AMP)
@@ -75,6 +77,11 @@ def write_inputs(folder: Path, workload: Workload) -> dict[str, str]:
     return {"teacher": str(teacher), "pairs": str(folder / "pairs"), "out": str(folder / "run")}
 
 
+def sizes(workload: Workload) -> tuple[int, int]:
+    """B, the number of unpaired images, and B + R, that of all."""
+    return workload.batch_size, workload.batch_size + workload.batch_size_ref
+
+
 def milliseconds(function: Callable, device: torch.device) -> float:
     """The time of one call, until the device has finished."""
     start = time.perf_counter()
@@ -96,48 +103,47 @@ def measure(config: Config, folder: Path, workload: Workload) -> dict[str, float
     """Time forwards and steps in turn, so that a change of the machine's speed affects both.
 
     Returns:
-        medians in milliseconds, "forward" and "step" (and "lpips" if the dataset uses it), and the
-        peak memory, "GiB".
+        medians in milliseconds, "forward" (of B images), "floor" and "step" (and "lpips" if the
+        dataset uses it), and the peak memory, "GiB".
     """
-    device, B = pick_device(config.device), config.batch_size
+    device, B, total = pick_device(config.device), *sizes(workload)
     workload = replace(
-        workload, batch_size=B, batch_size_ref=B, distance="l2", amp=config.amp,
-        compile=config.compile, **write_inputs(folder, workload),
+        workload, distance="l2", amp=config.amp, compile=config.compile,
+        **write_inputs(folder, workload),
     )  # fmt: skip
     ranks = Ranks(0, 1, device)
     run = train.prepare(ranks, *train.load_inputs(workload, ranks))
-    x = torch.randn(B, *workload.image_shape)
+    x = torch.randn(total, *workload.image_shape)
     classes = workload.network["label_dim"]
-    cond = torch.arange(B) % classes if classes else None
-    x, t, cond = to(device, x, torch.full((B,), 500), cond)
+    cond = torch.arange(total) % classes if classes else None
+    x, t, cond = to(device, x, torch.full((total,), 500), cond)
 
     @torch.no_grad()
-    def forward():
+    def forward(n):
         with run.autocast():
-            run.teacher.mu_real(x, t, cond)
+            run.teacher.mu_real(x[:n], t[:n], None if cond is None else cond[:n])
 
     def step():
         train.training_step(run, step.count)
         step.count += 1
 
     step.count = 0
-    for _ in range(2):
-        forward(), step()
+    timed = (partial(forward, B), partial(forward, total), step)
+    for function in 2 * timed:
+        function()
     if device.type == "cuda":  # cuDNN's search for algorithms, which takes memory, is over
         torch.cuda.reset_peak_memory_stats(device)
-    times = [
-        (milliseconds(forward, device), milliseconds(step, device)) for _ in range(config.repeats)
-    ]
-    F, total = (statistics.median(values) for values in zip(*times, strict=True))
-    found = {"forward": F, "step": total, "GiB": peak_memory(device)}
+    times = [[milliseconds(function, device) for function in timed] for _ in range(config.repeats)]
+    F, F_total, taken = (statistics.median(values) for values in zip(*times, strict=True))
+    found = {"forward": F, "floor": 3 * F_total + 5 * F, "step": taken, "GiB": peak_memory(device)}
     if WORKLOADS[config.dataset].distance == "lpips":
-        found["lpips"] = lpips_time(x, device, config.repeats)
+        found["lpips"] = lpips_time(x[:B], device, config.repeats)
     return found
 
 
 def main(config: Config) -> None:
     """Measure and print."""
-    workload = get_workload(config.dataset)
+    workload = get_workload(config.dataset, batch_size=config.batch_size)
     size = workload.image_shape[-1] if config.resolution is None else config.resolution
     # The network halves the resolution at every level but the first.
     least = 2 ** (len(workload.network["channel_mult"]) - 1)
@@ -148,14 +154,18 @@ def main(config: Config) -> None:
         found = measure(config, Path(folder), workload)
     if config.json is not None:
         write_json(Path(config.json), found)
-    F, step, device = found["forward"], found["step"], pick_device(config.device)
+    floor, taken = found["floor"], found["step"]
+    B, device = workload.batch_size, pick_device(config.device)
     print(
-        f"{config.dataset}, {size}x{size}, batch {config.batch_size}, {device}, "
+        f"{config.dataset}, {size}x{size}, batch {B} + {workload.batch_size_ref}, {device}, "
         f"amp {config.amp}, compile {config.compile}; peak memory {found['GiB']:.1f} GiB"
     )
     if "lpips" in found:
         print(f"LPIPS, forward and backward: {found['lpips']:.1f} ms")
-    print(f"F {F:.1f} ms, step {step:.1f} ms, floor {11 * F:.1f} ms, ratio {step / (11 * F):.2f}")
+    print(
+        f"F({B}) {found['forward']:.1f} ms, step {taken:.1f} ms, floor {floor:.1f} ms, "
+        f"ratio {taken / floor:.2f}"
+    )
 
 
 def lpips_time(x: torch.Tensor, device: torch.device, repeats: int) -> float:

@@ -86,7 +86,7 @@ def test_lpips(random_lpips, monkeypatch, capsys):
 def test_speed(monkeypatch, capsys):
     """Its rows have no limits. What does not fit is no fault."""
     monkeypatch.setattr(
-        check_device.step, "measure", lambda *_: {"step": 22, "forward": 2, "GiB": 3}
+        check_device.step, "measure", lambda *_: {"step": 22, "floor": 22, "GiB": 3}
     )
     code, rows, last = table("speed", monkeypatch, capsys)
     assert code == 0 and len(rows) == 2 and last.startswith("all 0 limits hold")
@@ -96,7 +96,7 @@ def test_speed(monkeypatch, capsys):
 
     monkeypatch.setattr(check_device.step, "measure", full)
     code, (row,), _ = table("speed", monkeypatch, capsys)
-    assert code == 0 and row.startswith("mnist, off, 8 + 8 images")
+    assert code == 0 and row.startswith("mnist, off, 8 + 2 images")
 
 
 def half_is(amp, dtype):
