@@ -21,14 +21,12 @@ teacher or judge than today's are an error, so that they are never mixed. The la
 """
 
 import ast
-import contextlib
 import csv
 import hashlib
 import json
 import os
 import platform
 import re
-import runpy
 import shutil
 import statistics
 import subprocess
@@ -111,7 +109,7 @@ CHOICES = {  # The learning rate goes with the root of the number of unpaired sa
         "learning_rate": 0.7 * RATE,
     },
 }  # fmt: skip
-VARIANTS = {DEFAULT: {}} | TABLE_2 | DEPARTURES | CHOICES
+VARIANTS = {DEFAULT: {}, MINIMAL: {}} | TABLE_2 | DEPARTURES | CHOICES
 FIVE_SEEDS, SEEDS = (DEFAULT, "lambda_reg = 0.5"), 3  # SEEDS: of everything else
 # These are trained on, and measured at all POINTS.
 LONG = (DEFAULT, "without regression", "without distribution matching")
@@ -124,6 +122,16 @@ SOLVERS = {
     "teacher, 18 Heun steps": ({"rows": ("teacher",), "steps": 18}, 35),
 }
 REAL = "training images"
+# What is appended to minimal.py.
+WRITE_GENERATOR = """
+from pathlib import Path
+from plumbing.files import write_tensors
+from teachers import generator_file
+from workloads import get_workload
+
+tensors, about = generator_file(average, get_workload(), {"sha256": ""}, STEPS)
+write_tensors(Path(f"generator_{STEPS:06d}.safetensors"), tensors, about)
+"""
 SAMPLES = 10_000  # of each
 
 JUDGES = ("convolutions", "lenet")  # architectures of assets/train_classifier.py
@@ -164,7 +172,9 @@ def code_hash(*files: str) -> str:
     return hashlib.sha256("".join(dumps).encode()).hexdigest()[:16]
 
 
-ALL_PARTS = "losses loop network recipe teacher judge"  # on these a run depends
+# On these parts of dependencies() a run depends.
+ALL_PARTS = "losses loop network recipe teacher judge"
+PARTS_OF_MINIMAL = "losses network minimal teacher judge"
 
 
 @cache
@@ -222,12 +232,14 @@ def provenance() -> dict[str, str]:
 # Running
 
 
-def run(script: str, *arguments: object, jobs: int = 1) -> float:
-    """Run one of the project's scripts -> seconds."""
+def run(script: str | Path, *arguments: object, jobs: int = 1, cwd: Path | None = None) -> float:
+    """Run one of the project's scripts, or a copy of one, in a folder -> seconds."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    if jobs > 1:
+        variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     clock = time.perf_counter()
-    code = subprocess.run(command, env=os.environ | threads).returncode
+    code = subprocess.run(command, env=variables, cwd=cwd).returncode
     if code == 130:
         raise KeyboardInterrupt
     if code:
@@ -304,37 +316,8 @@ def draw(**options) -> tuple[Tensor, Tensor]:
     """The digits that evaluate.py measures with these options, and their labels."""
     config = evaluate.Config(samples=SAMPLES, device="cpu", **options)
     config, (row,) = evaluate.load_rows(config, CPU)
-    return draw_row(row, config)
-
-
-def draw_row(row: evaluate.Row, config: evaluate.Config) -> tuple[Tensor, Tensor]:
-    """The digits of one row, and their labels."""
     images = torch.cat(list(evaluate.draw_share(row, config, Ranks(0, 1, CPU))))
     return images.float() / 127.5 - 1, torch.arange(SAMPLES) % 10
-
-
-def run_minimal(seed: int, config: Config, results: Results) -> None:
-    """Run minimal.py with its constant SEED changed, and measure its digits."""
-    source, found = re.subn(
-        "^SEED = .*$",
-        f"SEED = {seed}",
-        (ROOT / "minimal.py").read_text(encoding="utf-8"),
-        flags=re.M,
-    )
-    assert found == 1
-    copy = (Path(config.runs) / f"minimal_{seed}.py").resolve()
-    write_bytes(copy, source.encode())
-    F, clock = forward_ms(), time.perf_counter()
-    with contextlib.chdir(ROOT):
-        G = runpy.run_path(str(copy))["average"].cpu()
-        seconds = {"together": time.perf_counter() - clock}
-        shutil.move("minimal.png", copy.with_suffix(".png"))
-    F = (F + forward_ms()) / 2
-    row = evaluate.Row("student", G, 1, "minimal.py", "", G.mu.net)
-    how = evaluate.Config(samples=SAMPLES, dataset="mnist", amp="off", batch_size=100)
-    figures = results.judge.measure(*draw_row(row, how))
-    parts = "losses network minimal teacher judge"
-    results.add(MINIMAL, figures, parts, seed, seconds=seconds, F=F)
 
 
 def folder_of(name: str, seed: int, config: Config) -> Path:
@@ -353,8 +336,22 @@ def label(name: str, step: int) -> str:
     return f"{name}, {step} steps" if name in LONG and step != STEPS else name
 
 
+def train_minimal(seed: int, config: Config, jobs: int) -> float:
+    """Run a copy of minimal.py with its constant SEED changed, which also writes its generator ->
+    seconds."""
+    out = folder_of(MINIMAL, seed, config).resolve()
+    source = (ROOT / "minimal.py").read_text(encoding="utf-8")
+    for name, value in {"SEED": seed, "TEACHER": ROW.teacher}.items():
+        source, found = re.subn(f"^{name} = .*$", f"{name} = {value!r}", source, flags=re.M)
+        assert found == 1
+    write_bytes(out / "minimal.py", (source + WRITE_GENERATOR).encode())
+    return run(out / "minimal.py", jobs=jobs, cwd=out)
+
+
 def train(name: str, seed: int, end: int, config: Config, jobs: int) -> float:
     """Train one variant -> its seconds. Its folder keeps the generator of every 50th step."""
+    if name == MINIMAL:
+        return train_minimal(seed, config, jobs)
     out = folder_of(name, seed, config)
     options = VARIANTS[name] | {"steps": end, "seed": seed, "keep": 100}
     flags = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", v)]
@@ -368,29 +365,37 @@ def train(name: str, seed: int, end: int, config: Config, jobs: int) -> float:
 def figures_at(name: str, seed: int, step: int, config: Config, judge: Judge) -> dict:
     """The figures of a run at a step, and the means of what it logged in the 50 steps before."""
     out = folder_of(name, seed, config)
-    with open(out / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))[max(0, step - 50) : step]
-    scalars = {name: statistics.mean(float(row[name]) for row in rows) for name in SCALARS}
     digits = draw(checkpoint=str(out / f"generator_{step:06d}.safetensors"), rows=("student",))
-    return judge.measure(*digits) | {"scalars": scalars}
+    figures = judge.measure(*digits)
+    if name != MINIMAL:
+        with open(out / "log.csv", newline="") as file:
+            rows = list(csv.DictReader(file))[max(0, step - 50) : step]
+        means = {name: statistics.mean(float(row[name]) for row in rows) for name in SCALARS}
+        figures["scalars"] = means
+    return figures
 
 
-def time_default(config: Config, results: Results) -> None:
-    """Run the README's three commands alone, for their time, and measure the result."""
-    out, F = folder_of(DEFAULT, 0, config), forward_ms()
-    seconds = {"pairs": run("make_pairs.py", "--out", Path(config.runs) / "pairs")}
-    seconds["train"] = train(DEFAULT, 0, STEPS, config, jobs=1)
-    seconds["sample"] = run("sample.py", "--checkpoint", out, "--out", out / "digits.png")
-    F = (F + forward_ms()) / 2
-    figures = figures_at(DEFAULT, 0, STEPS, config, results.judge)
-    publish_default(config)  # before the run goes on
-    results.add(DEFAULT, figures, ALL_PARTS, 0, seconds=seconds, F=F)
+def time_alone(config: Config, results: Results) -> None:
+    """Run the README's three commands and minimal.py alone, for their time. Measure the results."""
+    if not results.has(DEFAULT):
+        out, F = folder_of(DEFAULT, 0, config), forward_ms()
+        seconds = {"pairs": run("make_pairs.py", "--out", Path(config.runs) / "pairs")}
+        seconds["train"] = train(DEFAULT, 0, STEPS, config, jobs=1)
+        seconds["sample"] = run("sample.py", "--checkpoint", out, "--out", out / "digits.png")
+        F = (F + forward_ms()) / 2
+        figures = figures_at(DEFAULT, 0, STEPS, config, results.judge)
+        publish_default(config)  # before the run goes on
+        results.add(DEFAULT, figures, ALL_PARTS, seconds=seconds, F=F)
+    if not results.has(MINIMAL):
+        F, seconds = forward_ms(), {"together": train_minimal(0, config, jobs=1)}
+        F = (F + forward_ms()) / 2
+        figures = figures_at(MINIMAL, 0, STEPS, config, results.judge)
+        results.add(MINIMAL, figures, PARTS_OF_MINIMAL, seconds=seconds, F=F)
 
 
 def train_all(config: Config, results: Results) -> None:
-    """Train and measure what is missing. The default recipe's first run is alone, for its time."""
-    if not results.has(DEFAULT):
-        time_default(config, results)
+    """Train and measure what is missing."""
+    time_alone(config, results)
     run("make_pairs.py", "--out", Path(config.runs) / "pairs")
     # Seed by seed, so that an early stop leaves every variant measured once.
     runs = [(n, s) for s in range(5) for n in VARIANTS if s < (5 if n in FIVE_SEEDS else SEEDS)]
@@ -415,8 +420,9 @@ def train_all(config: Config, results: Results) -> None:
         try:
             for future in as_completed(futures):
                 name, seed, steps = futures[future]
+                parts = PARTS_OF_MINIMAL if name == MINIMAL else ALL_PARTS
                 for step, figures in zip(steps, future.result(), strict=True):
-                    results.add(label(name, step), figures, ALL_PARTS, seed)
+                    results.add(label(name, step), figures, parts, seed)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -567,7 +573,7 @@ def publish(config: Config, results: dict) -> None:
     out = Path(config.out)
     write_bytes(out / "mnist.md", page(results).encode())
     draw_steps(out / "steps.png", results)
-    if (drawn := Path(config.runs) / "minimal_0.png").exists():
+    if (drawn := folder_of(MINIMAL, 0, config) / "minimal.png").exists():
         shutil.copyfile(drawn, out / "minimal.png")
     files = [
         folder_of(name, 0, config) / f"generator_{STEPS:06d}.safetensors"
@@ -592,9 +598,6 @@ def main(config: Config) -> None:
         if not results.has(name):
             figures = results.judge.measure(*draw(dataset="mnist", **options))
             results.add(name, figures, "judge teacher network")
-    for seed in range(SEEDS):
-        if not results.has(MINIMAL, seed):
-            run_minimal(seed, config, results)
     train_all(config, results)
     publish(config, results.runs)
     print(f"wrote {out / 'mnist.json'} and {out / 'mnist.md'}")

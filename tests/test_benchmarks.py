@@ -19,7 +19,6 @@ from benchmarks import cost, pooling, precision, reproduce, speed, step
 from plumbing.options import UserError, parse
 from plumbing.rundir import SCALARS
 from sd_loader import sd_noise_table
-from teachers import load_generator
 from workloads import ASSETS, WORKLOADS, get_workload
 
 
@@ -191,8 +190,13 @@ def commands(monkeypatch, finished_run) -> list[list[str]]:
     leaves = {"train.py": finished_run, "assets/train_classifier.py": ASSETS}
     commands = []
 
-    def run(*command, jobs=1):
+    def run(*command, jobs=1, cwd=None):
         commands.append([*map(str, command)])
+        if Path(command[0]).name == "minimal.py":
+            commands[-1] += re.findall("SEED = .*", Path(command[0]).read_text())
+            shutil.copy(
+                ASSETS / "mnist_generator.safetensors", cwd / "generator_000002.safetensors"
+            )
         if command[0] in leaves:
             out = Path(command[command.index("--out") + 1])
             shutil.copytree(leaves[command[0]], out, dirs_exist_ok=True)
@@ -203,17 +207,13 @@ def commands(monkeypatch, finished_run) -> list[list[str]]:
                 )
         return 1.0
 
-    def minimal(path: str) -> dict:
-        commands.append(["minimal.py", re.search("SEED = .*", Path(path).read_text())[0]])
-        Path("minimal.png").touch()
-        return {"average": load_generator(finished_run / "generator.safetensors")[0]}
-
-    monkeypatch.setattr(reproduce.runpy, "run_path", minimal)
     for name, value in {
         "load_mnist": lambda folder, train: (digits, labels), "SAMPLES": 200, "run": run,
         "SOLVERS": dict(list(reproduce.SOLVERS.items())[:1]), "FIVE_SEEDS": (), "SEEDS": 1,
         "STEPS": 2, "POINTS": (1, 2), "LONG": (reproduce.DEFAULT,),
-        "VARIANTS": {reproduce.DEFAULT: {}, "no KL": {"lambda_dm": 0, "steps": 1}},
+        "VARIANTS": {
+            reproduce.DEFAULT: {}, reproduce.MINIMAL: {}, "no KL": {"lambda_dm": 0, "steps": 1},
+        },
         "publish": lambda config, runs: None, "publish_default": lambda config: None,
         "changed": lambda: False, "forward_ms": lambda: 40.0,
     }.items():  # fmt: skip
@@ -228,7 +228,8 @@ def test_reproduce_measures_once_and_mixes_nothing(commands, tmp_path, monkeypat
     results = json.loads(path.read_text())
     students = [reproduce.MINIMAL, reproduce.DEFAULT, f"{reproduce.DEFAULT}, 1 steps", "no KL"]
     assert sorted(results) == sorted([reproduce.REAL, *reproduce.SOLVERS, *students])
-    assert ["minimal.py", "SEED = 0"] in commands and (tmp_path / "runs/minimal_0.png").exists()
+    copy = reproduce.folder_of(reproduce.MINIMAL, 0, config) / "minimal.py"
+    assert [str(copy), "SEED = 0"] in commands
     (entry,) = results[reproduce.DEFAULT].values()
     assert set(entry["judges"]["convolutions"]) == {*reproduce.FIGURES, "samples"}
     assert len(entry["diversity_by_class"]) == 10 and set(entry["seconds"]) >= {"pairs", "train"}

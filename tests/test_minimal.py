@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,8 +17,9 @@ from PIL import Image
 from test_edm_files import dumps, edm_network
 
 import train
+from benchmarks.reproduce import WRITE_GENERATOR
 from edm_unet import EDMPrecond
-from teachers import EDMTeacher
+from teachers import EDMTeacher, load_generator
 from workloads import WORKLOADS, get_workload
 
 SOURCE = (ROOT / "minimal.py").read_text(encoding="utf-8")
@@ -31,7 +33,7 @@ def run_minimal(folder, monkeypatch, **constants) -> dict:
             rf"^{name} = .*$", f"{name} = {value!r}", source, flags=re.MULTILINE
         )
         assert found == 1, name
-    (folder / "changed.py").write_text(source, encoding="utf-8")
+    (folder / "changed.py").write_text(source + WRITE_GENERATOR, encoding="utf-8")
     monkeypatch.chdir(folder)
     return runpy.run_path("changed.py")
 
@@ -48,12 +50,16 @@ def test_its_constants_are_the_default_recipe():
 
 
 def test_its_loop_is_train_pys(tmp_path, monkeypatch):
-    """The same draws, taken through train.training_step, give the same average of G."""
+    """The same draws, taken through train.training_step, give the same average of G; and what
+    reproduce.py appends writes it."""
     net = small_network()
     (tmp_path / "net.pkl").write_bytes(dumps({"ema": edm_network(net)}))
     changed = {"TEACHER": "net.pkl", "NUM_PAIRS": 20, "STEPS": 3, "SEED": 5}
     found = run_minimal(tmp_path, monkeypatch, **changed)
     picture = torch.from_numpy(np.array(Image.open("minimal.png"))).permute(2, 0, 1)
+    written, _ = load_generator(Path("generator_000003.safetensors"))
+    for ours, theirs in zip(written.parameters(), found["average"].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
     first = found["rows"][0].clamp(-1, 1)
     assert picture.shape == (3, 2 + 3 * 30, 2 + 20 * 30)
     assert ((first + 1) * 127.5 - picture[:, 2:30, 2:30]).abs().max() <= 1
