@@ -229,6 +229,7 @@ def look(panel: str, G, mu_real, mu_fake, seed: int) -> tuple[Tensor, Tensor, Te
 
 def main(config: Config) -> None:
     """Train the panels, print where their samples are, draw the figure."""
+    torch.set_num_threads(1)  # several would wait for each other, because the tensors are tiny
     mu_real = EDMDenoiser(MixtureDenoiser())
     pairs = make_pairs(mu_real, config.seed)
     # Sixty moments, most of them early, when most happens.

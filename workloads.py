@@ -136,8 +136,8 @@ ROWS = {
         ),
         teacher=str(ASSETS / "mnist_teacher.safetensors"),
         num_pairs=1000, solver_steps=18, distance="l2", max_dm_step=600,
-        steps=500, batch_size=32, batch_size_ref=8, learning_rate=8e-4, beta1=0.0,
-        fake_lr_ratio=5.0, warmup=50, ema=0.25, save_every=50,
+        steps=900, batch_size=16, batch_size_ref=4, learning_rate=6e-4, beta1=0.0,
+        fake_lr_ratio=5.0, warmup=50, ema=0.25, save_every=100,
     ),
     "cifar10": CIFAR10,
     "cifar10-uncond": CIFAR10 | dict(

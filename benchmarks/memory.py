@@ -55,7 +55,7 @@ GiB = 2**30
 CARDS = {16: 15, 24: 22, 40: 39, 80: 79}  # GB as sold: GiB that the least of them has
 # The first table: dataset, decoder, unpaired and paired samples of a part.
 PARTS = [
-    ("mnist", "tiny", [(32, 8)]),
+    ("mnist", "tiny", [(16, 4)]),
     ("cifar10", "tiny", [(8, 8), (28, 28), (56, 56)]),
     ("imagenet64", "tiny", [(4, 4), (12, 12), (24, 24), (48, 48)]),
     ("sd15", "tiny", [(2, 1), (8, 4), (32, 16)]),

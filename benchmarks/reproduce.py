@@ -45,6 +45,24 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
 from assets.mnist import load_mnist
 from benchmarks.neighbours import neighbours
+from benchmarks.tables import (
+    DEFAULT,
+    FIVE_SEEDS,
+    JUDGES,
+    LONG,
+    MINIMAL,
+    POINTS,
+    REAL,
+    ROW,
+    SEEDS,
+    SOLVERS,
+    STEPS,
+    TABLE_2,
+    VARIANTS,
+    draw_steps,
+    label,
+    page,
+)
 from plumbing.devices import Ranks
 from plumbing.digits import (
     ASSETS,
@@ -55,7 +73,7 @@ from plumbing.digits import (
     load_classifier,
     measure,
 )
-from plumbing.drawing import save_grid, write_figure
+from plumbing.drawing import save_grid
 from plumbing.files import (
     file_hash,
     read_json,
@@ -68,60 +86,11 @@ from plumbing.options import Options, UserError, option, run_script
 from plumbing.pairs import sample_noise
 from plumbing.rundir import SCALARS
 from teachers import load_generator, load_teacher
-from workloads import WORKLOADS
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 GENERATOR = ASSETS / "mnist_generator.safetensors"
 
-ROW = WORKLOADS["mnist"]
-STEPS, RATE = ROW.steps, ROW.learning_rate
-
-# What is measured: minimal.py, the default recipe, and variants of it. A variant is a name ->
-# options of train.py.
-MINIMAL, DEFAULT = "student, minimal.py", "student, default recipe"
-TABLE_2 = {
-    "without distribution matching": {"lambda_dm": 0},
-    "without regression": {"lambda_reg": 0},
-    # As in the paper, where 1e-5 is a fifth of CIFAR-10's rate.
-    "without regression, a fifth of the learning rate": {
-        "lambda_reg": 0, "learning_rate": RATE / 5,
-    },
-    "w_t = sigma_t / alpha_t": {"weighting": "dreamfusion"},
-    "w_t = sigma_t^3 / alpha_t": {"weighting": "prolificdreamer"},
-}  # fmt: skip
-DEPARTURES = {
-    "T_max = 0.98 T": {"max_dm_step": 980},
-    "mu_fake learns at G's rate": {"fake_lr_ratio": 1},
-    "beta_1 = 0.9": {"beta1": 0.9},
-    "no moving average of G": {"ema": 0},
-}
-CHOICES = {  # The learning rate goes with the root of the number of unpaired samples.
-    "lambda_reg = 0.5": {"lambda_reg": 0.5},
-    "8 + 2 samples, 4 times the steps, half the learning rate": {
-        "batch_size": 8, "batch_size_ref": 2, "steps": 4 * STEPS, "learning_rate": RATE / 2,
-    },
-    "16 + 4 samples, twice the steps, 0.7 of the learning rate": {
-        "batch_size": 16, "batch_size_ref": 4, "steps": 2 * STEPS, "learning_rate": 0.7 * RATE,
-    },
-    "16 + 16 samples, 1.6 times the steps (the same time), 0.7 of the learning rate": {
-        "batch_size": 16, "batch_size_ref": 16, "steps": STEPS * 8 // 5,
-        "learning_rate": 0.7 * RATE,
-    },
-}  # fmt: skip
-VARIANTS = {DEFAULT: {}, MINIMAL: {}} | TABLE_2 | DEPARTURES | CHOICES
-FIVE_SEEDS, SEEDS = (DEFAULT, "lambda_reg = 0.5"), 3  # SEEDS: of everything else
-# These are trained on, and measured at all POINTS.
-LONG = (DEFAULT, "without regression", "without distribution matching")
-POINTS = tuple(STEPS * n // 10 for n in (2, 4, 6, 8, 10, 14, 20, 30))  # steps
-# The teacher: name -> options of evaluate.py, evaluations of the network.
-SOLVERS = {
-    "untrained student (the teacher's single step)": ({"rows": ("untrained",)}, 1),
-    "teacher, 5 Heun steps": ({"rows": ("teacher",), "steps": 5}, 9),
-    "teacher, 10 Heun steps": ({"rows": ("teacher",), "steps": 10}, 19),
-    "teacher, 18 Heun steps": ({"rows": ("teacher",), "steps": 18}, 35),
-}
-REAL = "training images"
 # What is appended to minimal.py.
 WRITE_GENERATOR = """
 from pathlib import Path
@@ -133,16 +102,6 @@ tensors, about = generator_file(average, get_workload(), {"sha256": ""}, STEPS)
 write_tensors(Path(f"generator_{STEPS:06d}.safetensors"), tensors, about)
 """
 SAMPLES = 10_000  # of each
-
-JUDGES = ("convolutions", "lenet")  # architectures of assets/train_classifier.py
-FIGURES = {  # a judge's figure -> its heading and its format
-    "fd": ("FD", "{:.2f}"),
-    "accuracy": ("accuracy", "{:.2%}"),
-    "diversity": ("diversity", "{:.3f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "coverage": ("coverage", "{:.3f}"),
-}
 
 
 @dataclass
@@ -200,7 +159,7 @@ def dependencies() -> dict[str, str]:
 def forward_ms() -> float:
     """F, the time of the teacher's forward on 32 digits in milliseconds. It is the machine's speed
     just now, because a shared machine has slow hours."""
-    mu_real, times = load_teacher(ROW).mu_real, []
+    mu_real, times = load_teacher(ROW).to(CPU).mu_real, []
     x, t, cond = torch.randn(32, 1, 28, 28), torch.full((32,), 500), torch.arange(32) % 10
     for _ in range(30):
         clock = time.perf_counter()
@@ -331,11 +290,6 @@ def points(name: str, seed: int) -> tuple[int, ...]:
     return POINTS if name in LONG and seed < SEEDS else (VARIANTS[name].get("steps", STEPS),)
 
 
-def label(name: str, step: int) -> str:
-    """The name in mnist.json of a variant's figures at a step."""
-    return f"{name}, {step} steps" if name in LONG and step != STEPS else name
-
-
 def train_minimal(seed: int, config: Config, jobs: int) -> float:
     """Run a copy of minimal.py with its constant SEED changed, which also writes its generator ->
     seconds."""
@@ -349,7 +303,7 @@ def train_minimal(seed: int, config: Config, jobs: int) -> float:
 
 
 def train(name: str, seed: int, end: int, config: Config, jobs: int) -> float:
-    """Train one variant -> its seconds. Its folder keeps the generator of every 50th step."""
+    """Train one variant -> its seconds. Its folder keeps the generator of every 100th step."""
     if name == MINIMAL:
         return train_minimal(seed, config, jobs)
     out = folder_of(name, seed, config)
@@ -363,13 +317,13 @@ def train(name: str, seed: int, end: int, config: Config, jobs: int) -> float:
 
 
 def figures_at(name: str, seed: int, step: int, config: Config, judge: Judge) -> dict:
-    """The figures of a run at a step, and the means of what it logged in the 50 steps before."""
+    """The figures of a run at a step, and the means of what it logged in the 100 steps before."""
     out = folder_of(name, seed, config)
     digits = draw(checkpoint=str(out / f"generator_{step:06d}.safetensors"), rows=("student",))
     figures = judge.measure(*digits)
     if name != MINIMAL:
         with open(out / "log.csv", newline="") as file:
-            rows = list(csv.DictReader(file))[max(0, step - 50) : step]
+            rows = list(csv.DictReader(file))[max(0, step - 100) : step]
         means = {name: statistics.mean(float(row[name]) for row in rows) for name in SCALARS}
         figures["scalars"] = means
     return figures
@@ -428,130 +382,7 @@ def train_all(config: Config, results: Results) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Tables and pictures
-
-
-def cell(values: list[float], form: str, with_range: bool = True) -> str:
-    """The mean, and the range over the seeds."""
-    text = form.format(statistics.mean(values))
-    if with_range and len(values) > 1:
-        text += f" ({form.format(min(values))} .. {form.format(max(values))})"
-    return text
-
-
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def figures_table(results: dict, names: list[str], columns: list[tuple[str, str]]) -> str:
-    """A table with a row per run. Columns are (judge, figure); (2) marks the second judge."""
-    heads = [FIGURES[f][0] + (" (2)" if judge == JUDGES[1] else "") for judge, f in columns]
-    rows = []
-    for name in filter(results.__contains__, names):
-        found = [entry["judges"] for entry in results[name].values()]
-        cells = [
-            cell([judges[judge][f] for judges in found], FIGURES[f][1], f in ("fd", "accuracy"))
-            for judge, f in columns
-        ]
-        more = f" (evaluations: {SOLVERS[name][1]})" if name in SOLVERS else ""
-        rows.append([name + more, *cells])
-    return table(["", *heads], rows)
-
-
-def tables(results: dict) -> dict[str, str]:
-    """The name of a marker -> the table to put there."""
-    first, second = JUDGES
-    short = [(first, f) for f in ("fd", "accuracy", "diversity", "recall", "coverage")]
-    short += [(second, "fd"), (second, "accuracy")]
-    untrained, *teachers = SOLVERS
-    groups = {
-        "what comes out": [untrained, MINIMAL, DEFAULT, *teachers, REAL],
-        "table 2": [DEFAULT, *TABLE_2],
-        "departures": [DEFAULT, *DEPARTURES],
-        "choices": [DEFAULT, *CHOICES],
-    } | {f"steps: {name}": [label(name, step) for step in POINTS] for name in LONG}
-    made = {group: figures_table(results, names, short) for group, names in groups.items()}
-    in_between = {label(name, step) for name in LONG for step in POINTS if step != STEPS}
-    everything = [name for name in results if name not in in_between]
-    for number, judge in enumerate(JUDGES, start=1):
-        columns = [(judge, f) for f in FIGURES]
-        made[f"judge {number}"] = figures_table(results, everything, columns)
-    by_class = [
-        [name, *(f"{statistics.mean(values):.2f}" for values in zip(*by_seed, strict=True))]
-        for name in everything
-        for by_seed in [[entry["diversity_by_class"] for entry in results[name].values()]]
-    ]
-    made["diversity by class"] = table(["", *map(str, range(10))], by_class)
-    made["time"] = time_table(results)
-    runs = [
-        [name, seed, *(f"{entry['judges'][first][f]:.4f}" for f in FIGURES), entry["commit"],
-         entry["machine"]]
-        for name in results for seed, entry in results[name].items()
-    ]  # fmt: skip
-    made["runs"] = table(["", "seed", *FIGURES, "commit", "machine"], runs)
-    return made
-
-
-def time_table(results: dict) -> str:
-    """The seconds of the three commands and of minimal.py. One unit, F, is the same everywhere."""
-    rows = []
-    for name, entry in ((n, results[n]["0"]) for n in (DEFAULT, MINIMAL) if n in results):
-        seconds = {"pairs": 0, "train": 0, "sample": 0} | entry["seconds"]
-        seconds["together"] = together = sum(seconds.values())
-        in_seconds = [f"{value:.0f} s" if value else "" for value in seconds.values()]
-        F, in_F = f"{entry['F']:.0f} ms", f"{1000 * together / entry['F']:,.0f} F"
-        rows.append([name.split(", ")[1], *in_seconds, F, in_F, entry["machine"]])
-    heads = ["", "pairs", "train", "sample", "together", "F", "together, in F", "machine"]
-    return table(heads, rows)
-
-
-def page(results: dict) -> str:
-    """The text of mnist.md."""
-    made = tables(results)
-    text = "".join(f"\n## {name.capitalize()}\n\n{lines}" for name, lines in made.items())
-    return f"# MNIST, as measured by benchmarks/reproduce.py\n{text}"
-
-
-def fill(text: str, made: dict[str, str]) -> str:
-    """Put the tables between their markers in a text."""
-    marked = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return marked.sub(lambda found: found[1] + made[found[2]] + found[3], text)
-
-
-def draw_steps(path: Path, results: dict) -> None:
-    """Plot figures (above) and logged scalars (below) of LONG against the step: the mean over the
-    seeds, and their range."""
-    from matplotlib.figure import Figure  # late, see options.py
-
-    figure = Figure(figsize=(15, 6), layout="constrained")
-    above, below = figure.subplots(2, 5, sharex=True)
-    shown = [(judge, "fd") for judge in JUDGES]
-    shown += [(JUDGES[0], name) for name in ("accuracy", "diversity", "recall")]
-    panels = {
-        FIGURES[f][0] + (" (2)" if judge == JUDGES[1] else ""): (
-            lambda e, j=judge, f=f: e["judges"][j][f]
-        )
-        for judge, f in shown
-    }
-    panels |= {name: (lambda e, name=name: e["scalars"][name]) for name in SCALARS}
-    for axis, (title, value) in zip([*above, *below], panels.items(), strict=True):
-        for name in LONG:
-            steps = [step for step in POINTS if label(name, step) in results]
-            found = [[value(e) for e in results[label(name, step)].values()] for step in steps]
-            (line,) = axis.plot(steps, [statistics.mean(each) for each in found], label=name)
-            low, high = [min(each) for each in found], [max(each) for each in found]
-            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        axis.axvline(STEPS, color="grey", linestyle=":")
-        axis.set(
-            title=title, yscale="log" if title.startswith(("FD", "loss", "grad")) else "linear"
-        )
-        axis.grid(alpha=0.3)
-    above[0].legend(fontsize="small")
-    for axis in below:
-        axis.set(xlabel="step")
-    write_figure(path, figure)
+# Pictures
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from pygments.lexers import PythonLexer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.reproduce import STEPS, tables
+from benchmarks.tables import STEPS, tables
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import sample
 import train
-from benchmarks import cost, pooling, precision, reproduce, speed, step
+from benchmarks import cost, pooling, precision, reproduce, speed, step, tables
 from plumbing.options import UserError, parse
 from plumbing.rundir import SCALARS
 from sd_loader import sd_noise_table
@@ -217,7 +217,9 @@ def commands(monkeypatch, finished_run) -> list[list[str]]:
         "publish": lambda config, runs: None, "publish_default": lambda config: None,
         "changed": lambda: False, "forward_ms": lambda: 40.0,
     }.items():  # fmt: skip
-        monkeypatch.setattr(reproduce, name, value)
+        for module in (reproduce, tables):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
     return commands
 
 
@@ -231,7 +233,7 @@ def test_reproduce_measures_once_and_mixes_nothing(commands, tmp_path, monkeypat
     copy = reproduce.folder_of(reproduce.MINIMAL, 0, config) / "minimal.py"
     assert [str(copy), "SEED = 0"] in commands
     (entry,) = results[reproduce.DEFAULT].values()
-    assert set(entry["judges"]["convolutions"]) == {*reproduce.FIGURES, "samples"}
+    assert set(entry["judges"]["convolutions"]) == {*tables.FIGURES, "samples"}
     assert len(entry["diversity_by_class"]) == 10 and set(entry["seconds"]) >= {"pairs", "train"}
     (minimal,) = results[reproduce.MINIMAL].values()
     assert entry["F"] == minimal["F"] == 40
@@ -292,7 +294,7 @@ def test_comments_and_docstrings_do_not_count_as_changes(tmp_path, monkeypatch):
 
 
 def test_tables_show_mean_and_range_and_fill_the_markers():
-    assert reproduce.cell([1.0, 3.0, 2.0], "{:.1f}") == "2.0 (1.0 .. 3.0)"
-    assert reproduce.cell([0.98], "{:.1%}") == "98.0%"
+    assert tables.cell([1.0, 3.0, 2.0], "{:.1f}") == "2.0 (1.0 .. 3.0)"
+    assert tables.cell([0.98], "{:.1%}") == "98.0%"
     text = "a\n<!-- table: x -->\n{}\n<!-- end -->\nb\n"
-    assert reproduce.fill(text.format("old"), {"x": "| new |\n"}) == text.format("| new |")
+    assert tables.fill(text.format("old"), {"x": "| new |\n"}) == text.format("| new |")

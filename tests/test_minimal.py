@@ -77,8 +77,8 @@ def test_its_loop_is_train_pys(tmp_path, monkeypatch):
     torch.testing.assert_close((found["pairs_z"], found["pairs_y"]), (z, y))
 
     def draw_batch(run, step, rows, rows_ref):
-        draws, (u, u_fake) = torch.randn(3, 32, 1, 28, 28), torch.rand(2, 32)
-        cond, k = torch.randint(10, (32,)), torch.randint(20, (8,))
+        draws, (u, u_fake) = torch.randn(3, 16, 1, 28, 28), torch.rand(2, 16)
+        cond, k = torch.randint(10, (16,)), torch.randint(20, (4,))
         t, t_fake = (20 + u * 580).long(), (1000 * u_fake).long()
         cond = torch.cat([cond, k % 10])  # pair k has class k mod 10
         return train.Batch(draws[0], z[k], y[k], cond, t, draws[1], t_fake, draws[2])

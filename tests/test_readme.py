@@ -1,5 +1,5 @@
-"""The line links, line counts and tables in README.md, docs/ and results/ are correct.
-`python tests/test_readme.py` corrects them."""
+"""The line links, line counts and tables in README.md, docs/ and results/ are correct,
+and the figures in minimal.py. `python tests/test_readme.py` corrects them."""
 
 import ast
 import json
@@ -12,9 +12,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.reproduce import ROOT, fill, page, tables
+from benchmarks.tables import about_minimal, fill, page, tables
 
+ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "mnist.md"
+MINIMAL = ROOT / "minimal.py"
 TEXTS = [ROOT / name for name in ("README.md", "docs/details.md", "docs/large-runs.md")]
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<up>(\.\./)?)(?P<file>[\w/]+\.py)#L\d+\)")
 COUNT = re.compile(r"(?m)^\| \[(?P<file>[\w/]+\.py)\]\((?P<up>(\.\./)?)(?P=file)\) \| \d+ \|")
@@ -44,6 +46,8 @@ def corrected(path: Path) -> str:
     results = json.loads(read(ROOT / "results" / "mnist.json"))
     if path == RESULTS:
         return page(results)
+    if path == MINIMAL:
+        return about_minimal(read(path), results)
 
     def link(match: re.Match) -> str:
         name, file = match["name"], match["file"]
@@ -56,7 +60,7 @@ def corrected(path: Path) -> str:
     return fill(COUNT.sub(count, LINK.sub(link, read(path))), tables(results))
 
 
-@pytest.mark.parametrize("path", [*TEXTS, RESULTS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*TEXTS, RESULTS, MINIMAL], ids=lambda path: path.name)
 def test_a_text_is_up_to_date(path):
     assert corrected(path) == read(path), "run: python tests/test_readme.py"
     assert path.name != "README.md" or len(read(path).splitlines()) <= 200
@@ -86,5 +90,5 @@ def test_links_to_files_and_headings_exist(path):
 
 
 if __name__ == "__main__":
-    for each in (*TEXTS, RESULTS):
+    for each in (*TEXTS, RESULTS, MINIMAL):
         each.write_text(corrected(each), encoding="utf-8")
