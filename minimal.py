@@ -26,10 +26,10 @@ from plumbing.edm_files import load_edm
 # it and set TEACHER = "edm-cifar10-32x32-cond-vp.pkl", LEARNING_RATE = 5e-5, STEPS = 300_000.
 TEACHER = "assets/mnist_teacher.safetensors"
 NUM_PAIRS = 1000
-STEPS = 900  # training steps
+STEPS = 1000  # training steps
 B, R = 16, 4  # unpaired and paired samples per step
 LEARNING_RATE = 6e-4  # of G; mu_fake's is five times as high, so that it keeps up with G
-LAMBDA_REG, T_MAX = 0.25, 600  # in the paper 0.25, but with LPIPS instead of L2, and 980
+LAMBDA_REG, T_MAX = 0.5, 600  # in the paper 0.25, with LPIPS instead of L2, and 980
 SEED = 0
 
 torch.manual_seed(SEED)
@@ -37,7 +37,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 # Algorithm 1, line 1: G and mu_fake start as copies of the frozen teacher, without its dropout.
-mu_real = EDMDenoiser(load_edm(TEACHER)).eval().to(device, memory_format=torch.channels_last)
+mu_real = EDMDenoiser(load_edm(TEACHER)).eval().to(device)
 G = OneStepGenerator(copy.deepcopy(mu_real)).eval().requires_grad_(True)
 mu_fake = copy.deepcopy(mu_real).requires_grad_(True)
 average = copy.deepcopy(G).requires_grad_(False)  # of G's weights, late ones counting most

@@ -49,12 +49,14 @@ from benchmarks.tables import (
     DEFAULT,
     FIVE_SEEDS,
     JUDGES,
-    LONG,
+    LONGER,
     MINIMAL,
     POINTS,
     REAL,
     ROW,
     SEEDS,
+    SHORT,
+    SHORT_VARIANTS,
     SOLVERS,
     STEPS,
     TABLE_2,
@@ -131,9 +133,11 @@ def code_hash(*files: str) -> str:
     return hashlib.sha256("".join(dumps).encode()).hexdigest()[:16]
 
 
-# On these parts of dependencies() a run depends.
-ALL_PARTS = "losses loop network recipe teacher judge"
-PARTS_OF_MINIMAL = "losses network minimal teacher judge"
+def parts(name: str) -> str:
+    """The keys of `dependencies` on which a run's figures depend."""
+    if name == MINIMAL:
+        return "losses network minimal teacher judge"
+    return "losses loop network recipe teacher judge" + " steps" * (name in SHORT_VARIANTS)
 
 
 @cache
@@ -152,6 +156,7 @@ def dependencies() -> dict[str, str]:
         "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
         "teacher": file_hash(Path(ROW.teacher)),
         "judge": judge + code_hash(*judges),
+        "steps": str(SHORT),
     }
 
 
@@ -285,9 +290,9 @@ def folder_of(name: str, seed: int, config: Config) -> Path:
     return Path(config.runs) / f"{slug}-{seed}"
 
 
-def points(name: str, seed: int) -> tuple[int, ...]:
+def points(name: str) -> tuple[int, ...]:
     """The steps at which a run is measured. The last one is its end."""
-    return POINTS if name in LONG and seed < SEEDS else (VARIANTS[name].get("steps", STEPS),)
+    return POINTS if name in LONGER else (VARIANTS[name].get("steps", STEPS),)
 
 
 def train_minimal(seed: int, config: Config, jobs: int) -> float:
@@ -302,16 +307,16 @@ def train_minimal(seed: int, config: Config, jobs: int) -> float:
     return run(out / "minimal.py", jobs=jobs, cwd=out)
 
 
-def train(name: str, seed: int, end: int, config: Config, jobs: int) -> float:
+def train(name: str, seed: int, config: Config, jobs: int) -> float:
     """Train one variant -> its seconds. Its folder keeps the generator of every 100th step."""
     if name == MINIMAL:
         return train_minimal(seed, config, jobs)
     out = folder_of(name, seed, config)
-    options = VARIANTS[name] | {"steps": end, "seed": seed, "keep": 100}
+    options = VARIANTS[name] | {"seed": seed, "keep": 100}
     flags = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", v)]
     where = ("--pairs", Path(config.runs) / "pairs", "--out", out)
     seconds = run("train.py", *where, *flags, jobs=jobs)
-    if not (out / f"generator_{end:06d}.safetensors").exists():  # SIGTERM ends it without an error
+    if not (out / "training.gif").exists():  # SIGTERM ends a run early, without an error
         raise KeyboardInterrupt
     return seconds
 
@@ -334,17 +339,16 @@ def time_alone(config: Config, results: Results) -> None:
     if not results.has(DEFAULT):
         out, F = folder_of(DEFAULT, 0, config), forward_ms()
         seconds = {"pairs": run("make_pairs.py", "--out", Path(config.runs) / "pairs")}
-        seconds["train"] = train(DEFAULT, 0, STEPS, config, jobs=1)
+        seconds["train"] = train(DEFAULT, 0, config, jobs=1)
         seconds["sample"] = run("sample.py", "--checkpoint", out, "--out", out / "digits.png")
         F = (F + forward_ms()) / 2
         figures = figures_at(DEFAULT, 0, STEPS, config, results.judge)
-        publish_default(config)  # before the run goes on
-        results.add(DEFAULT, figures, ALL_PARTS, seconds=seconds, F=F)
+        results.add(DEFAULT, figures, parts(DEFAULT), seconds=seconds, F=F)
     if not results.has(MINIMAL):
         F, seconds = forward_ms(), {"together": train_minimal(0, config, jobs=1)}
         F = (F + forward_ms()) / 2
         figures = figures_at(MINIMAL, 0, STEPS, config, results.judge)
-        results.add(MINIMAL, figures, PARTS_OF_MINIMAL, seconds=seconds, F=F)
+        results.add(MINIMAL, figures, parts(MINIMAL), seconds=seconds, F=F)
 
 
 def train_all(config: Config, results: Results) -> None:
@@ -354,14 +358,12 @@ def train_all(config: Config, results: Results) -> None:
     # Seed by seed, so that an early stop leaves every variant measured once.
     runs = [(n, s) for s in range(5) for n in VARIANTS if s < (5 if n in FIVE_SEEDS else SEEDS)]
     missing = {
-        (name, seed): [
-            step for step in points(name, seed) if not results.has(label(name, step), seed)
-        ]
+        (name, seed): [step for step in points(name) if not results.has(label(name, step), seed)]
         for name, seed in runs
     }
 
     def work(name: str, seed: int, steps: list[int]) -> list[dict]:
-        seconds = {"train": train(name, seed, points(name, seed)[-1], config, config.jobs)}
+        seconds = {"train": train(name, seed, config, config.jobs)}
         found = [figures_at(name, seed, step, config, results.judge) for step in steps]
         return [figures | {"seconds": seconds, "jobs": config.jobs} for figures in found]
 
@@ -374,9 +376,8 @@ def train_all(config: Config, results: Results) -> None:
         try:
             for future in as_completed(futures):
                 name, seed, steps = futures[future]
-                parts = PARTS_OF_MINIMAL if name == MINIMAL else ALL_PARTS
                 for step, figures in zip(steps, future.result(), strict=True):
-                    results.add(label(name, step), figures, parts, seed)
+                    results.add(label(name, step), figures, parts(name), seed)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -386,30 +387,22 @@ def train_all(config: Config, results: Results) -> None:
 
 
 @torch.no_grad()
-def publish_default(config: Config) -> None:
-    """Write what is shown of the default run, and its generator in half precision to assets/."""
-    out, first = Path(config.out), folder_of(DEFAULT, 0, config)
-    tensors, metadata = read_tensors(first / "generator.safetensors")
-    write_tensors(GENERATOR, {name: value.half() for name, value in tensors.items()}, metadata)
-    for name in ("training.gif", "curves.png"):
-        shutil.copyfile(first / name, out / name)
-    beside = ("--checkpoint", first, "--teacher", "--seeds", "0-39", "--columns", 20)
-    run("sample.py", *beside, "--out", out / "digits.png")
-
-
-@torch.no_grad()
 def publish(config: Config, results: dict) -> None:
-    """Write tables and pictures: minimal.png and 20 digits of every variant, if their runs with
-    seed 0 are there."""
-    out = Path(config.out)
+    """Write tables and pictures and, if the runs with seed 0 are there, minimal.png, the default
+    run's pictures and its generator in half precision, and 20 digits of every variant."""
+    out, first = Path(config.out), folder_of(DEFAULT, 0, config)
     write_bytes(out / "mnist.md", page(results).encode())
     draw_steps(out / "steps.png", results)
     if (drawn := folder_of(MINIMAL, 0, config) / "minimal.png").exists():
         shutil.copyfile(drawn, out / "minimal.png")
-    files = [
-        folder_of(name, 0, config) / f"generator_{STEPS:06d}.safetensors"
-        for name in (DEFAULT, *TABLE_2)
-    ]
+    if (first / "training.gif").exists():
+        tensors, metadata = read_tensors(first / "generator.safetensors")
+        write_tensors(GENERATOR, {name: value.half() for name, value in tensors.items()}, metadata)
+        for name in ("training.gif", "curves.png"):
+            shutil.copyfile(first / name, out / name)
+        beside = ("--checkpoint", first, "--teacher", "--seeds", "0-39", "--columns", 20)
+        run("sample.py", *beside, "--out", out / "digits.png")
+    files = [folder_of(name, 0, config) / "generator.safetensors" for name in TABLE_2]
     if all(file.exists() for file in files):
         z, cond = sample_noise("pictures", 7, range(20), (1, 28, 28)), torch.arange(20) % 10
         rows = [load_generator(file)[0](z, cond) for file in files]

@@ -19,9 +19,10 @@ ROW = WORKLOADS["mnist"]
 STEPS, RATE = ROW.steps, ROW.learning_rate
 
 # What is measured: minimal.py, the default recipe, and variants of it. A variant is a name ->
-# options of train.py.
-MINIMAL, DEFAULT = "student, minimal.py", "student, default recipe"
+# options of train.py. Those of the first two tables are shorter than the default.
+MINIMAL, DEFAULT, SHORT = "student, minimal.py", "student, default recipe", 300
 TABLE_2 = {
+    "full": {},
     "without distribution matching": {"lambda_dm": 0},
     "without regression": {"lambda_reg": 0},
     # As in the paper, where 1e-5 is a fifth of CIFAR-10's rate.
@@ -36,9 +37,13 @@ DEPARTURES = {
     "mu_fake learns at G's rate": {"fake_lr_ratio": 1},
     "beta_1 = 0.9": {"beta1": 0.9},
     "no moving average of G": {"ema": 0},
+    "lambda_reg = 0.25": {"lambda_reg": 0.25},
+    "as many paired samples as unpaired": {"batch_size_ref": 16},
 }
-CHOICES = {  # The learning rate goes with the root of the batch size.
-    "lambda_reg = 0.5": {"lambda_reg": 0.5},
+# As long as the default, by samples or by time. The learning rate goes with the root of the batch.
+QUARTER = f"lambda_reg = 0.25, {STEPS} steps"
+LONG = {
+    QUARTER: {"lambda_reg": 0.25},
     "8 + 2 samples, twice the steps, 0.7 of the learning rate": {
         "batch_size": 8, "batch_size_ref": 2, "steps": 2 * STEPS, "learning_rate": 0.7 * RATE,
     },
@@ -49,11 +54,17 @@ CHOICES = {  # The learning rate goes with the root of the batch size.
         "batch_size_ref": 16, "steps": STEPS * 17 // 20,
     },
 }  # fmt: skip
-VARIANTS = {DEFAULT: {}, MINIMAL: {}} | TABLE_2 | DEPARTURES | CHOICES
-FIVE_SEEDS, SEEDS = (DEFAULT, "lambda_reg = 0.5"), 3  # SEEDS: of everything else
-# These are trained on, and measured at all POINTS.
-LONG = (DEFAULT, "without regression", "without distribution matching")
-POINTS = tuple(STEPS // 9 * n for n in (1, 2, 3, 5, 7, 9, 12, 18, 27))  # steps
+# Longer than the default, and measured at every point.
+POINTS = tuple(STEPS // 10 * n for n in (1, 2, 3, 5, 7, 10, 15, 20, 30))  # steps
+LONGER = {
+    "default recipe": {},
+    "no regression": {"lambda_reg": 0},
+    "no distribution matching": {"lambda_dm": 0},
+}
+SHORT_VARIANTS = {name: v | {"steps": SHORT} for name, v in (TABLE_2 | DEPARTURES).items()}
+LONGER_VARIANTS = {name: v | {"steps": POINTS[-1]} for name, v in LONGER.items()}
+VARIANTS = {DEFAULT: {}, MINIMAL: {}} | SHORT_VARIANTS | LONG | LONGER_VARIANTS
+FIVE_SEEDS, SEEDS = (DEFAULT, QUARTER), 3  # SEEDS: of everything else
 # The teacher: name -> options of evaluate.py, evaluations of the network.
 SOLVERS = {
     "untrained student (the teacher's single step)": ({"rows": ("untrained",)}, 1),
@@ -76,7 +87,7 @@ FIGURES = {  # a judge's figure -> its heading and its format
 
 def label(name: str, step: int) -> str:
     """The name in mnist.json of a variant's figures at a step."""
-    return f"{name}, {step} steps" if name in LONG and step != STEPS else name
+    return f"{name}, {step} steps" if name in LONGER else name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,12 +131,12 @@ def tables(results: dict) -> dict[str, str]:
     untrained, *teachers = SOLVERS
     groups = {
         "what comes out": [untrained, MINIMAL, DEFAULT, *teachers, REAL],
-        "table 2": [DEFAULT, *TABLE_2],
-        "departures": [DEFAULT, *DEPARTURES],
-        "choices": [DEFAULT, *CHOICES],
-    } | {f"steps: {name}": [label(name, step) for step in POINTS] for name in LONG}
+        "table 2": list(TABLE_2),
+        "departures": ["full", *DEPARTURES],
+        "batch and lambda_reg": [DEFAULT, *LONG],
+    } | {f"steps, {name}": [label(name, step) for step in POINTS] for name in LONGER}
     made = {group: figures_table(results, names, short) for group, names in groups.items()}
-    in_between = {label(name, step) for name in LONG for step in POINTS if step != STEPS}
+    in_between = {label(name, step) for name in LONGER for step in POINTS}
     everything = [name for name in results if name not in in_between]
     for number, judge in enumerate(JUDGES, start=1):
         columns = [(judge, f) for f in FIGURES]
@@ -149,7 +160,10 @@ def tables(results: dict) -> dict[str, str]:
 def time_table(results: dict) -> str:
     """The seconds of the three commands and of minimal.py. One unit, F, is the same everywhere."""
     rows = []
-    for name, entry in ((n, results[n]["0"]) for n in (DEFAULT, MINIMAL) if n in results):
+    timed = {name: results[name]["0"] for name in (DEFAULT, MINIMAL) if name in results}
+    for name, entry in timed.items():
+        if "F" not in entry:
+            continue
         seconds = {"pairs": 0, "train": 0, "sample": 0} | entry["seconds"]
         seconds["together"] = together = sum(seconds.values())
         in_seconds = [f"{value:.0f} s" if value else "" for value in seconds.values()]
@@ -192,7 +206,7 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 
 def draw_steps(path: Path, results: dict) -> None:
-    """Plot figures (above) and logged scalars (below) of LONG against the step: the mean over the
+    """Plot figures (above) and logged scalars (below) of LONGER against the step: the mean over the
     seeds, and their range."""
     from matplotlib.figure import Figure  # late, see options.py
 
@@ -208,7 +222,7 @@ def draw_steps(path: Path, results: dict) -> None:
     }
     panels |= {name: (lambda e, name=name: e["scalars"][name]) for name in SCALARS}
     for axis, (title, value) in zip([*above, *below], panels.items(), strict=True):
-        for name in LONG:
+        for name in LONGER:
             steps = [step for step in POINTS if label(name, step) in results]
             found = [[value(e) for e in results[label(name, step)].values()] for step in steps]
             (line,) = axis.plot(steps, [statistics.mean(each) for each in found], label=name)

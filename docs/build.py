@@ -27,7 +27,7 @@ from pygments.lexers import PythonLexer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.tables import STEPS, tables
+from benchmarks.tables import SHORT, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -264,7 +264,7 @@ def build() -> str:
     template = environment.from_string((ROOT / "docs/page.html").read_text(encoding="utf-8"))
     versions = f"latex2mathml {latex2mathml.__version__}, Pygments {pygments.__version__}"
     helpers = {each.__name__: each for each in (code, see, line, measured, symbols, colours)}
-    text = template.render(versions=versions, steps=STEPS, **helpers)
+    text = template.render(versions=versions, steps=SHORT, **helpers)
     return with_targets(with_equations(text)) + "\n"
 
 

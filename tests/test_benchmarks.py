@@ -210,11 +210,12 @@ def commands(monkeypatch, finished_run) -> list[list[str]]:
     for name, value in {
         "load_mnist": lambda folder, train: (digits, labels), "SAMPLES": 200, "run": run,
         "SOLVERS": dict(list(reproduce.SOLVERS.items())[:1]), "FIVE_SEEDS": (), "SEEDS": 1,
-        "STEPS": 2, "POINTS": (1, 2), "LONG": (reproduce.DEFAULT,),
+        "STEPS": 2, "POINTS": (1, 2), "LONGER": ("longer",), "SHORT_VARIANTS": ("no KL",),
         "VARIANTS": {
             reproduce.DEFAULT: {}, reproduce.MINIMAL: {}, "no KL": {"lambda_dm": 0, "steps": 1},
+            "longer": {},
         },
-        "publish": lambda config, runs: None, "publish_default": lambda config: None,
+        "publish": lambda config, runs: None,
         "changed": lambda: False, "forward_ms": lambda: 40.0,
     }.items():  # fmt: skip
         for module in (reproduce, tables):
@@ -228,7 +229,7 @@ def test_reproduce_measures_once_and_mixes_nothing(commands, tmp_path, monkeypat
     config = reproduce.Config(out=str(tmp_path), runs=str(tmp_path / "runs"), jobs=2)
     reproduce.main(config)
     results = json.loads(path.read_text())
-    students = [reproduce.MINIMAL, reproduce.DEFAULT, f"{reproduce.DEFAULT}, 1 steps", "no KL"]
+    students = [reproduce.MINIMAL, reproduce.DEFAULT, "no KL", "longer, 1 steps", "longer, 2 steps"]
     assert sorted(results) == sorted([reproduce.REAL, *reproduce.SOLVERS, *students])
     copy = reproduce.folder_of(reproduce.MINIMAL, 0, config) / "minimal.py"
     assert [str(copy), "SEED = 0"] in commands
@@ -250,7 +251,7 @@ def test_reproduce_measures_once_and_mixes_nothing(commands, tmp_path, monkeypat
             trained.append((made.steps, made.lambda_dm, made.seed, made.pairs == made_pairs))
         elif command[0] == "sample.py":
             parse(sample.Config, "")
-    assert sorted(trained) == [(1, 0, 0, True), (2, 1, 0, True), (2, 1, 0, True)]
+    assert sorted(trained) == [(1, 0, 0, True), (1000, 1, 0, True), (1000, 1, 0, True)]
 
     commands.clear()
     reproduce.main(config)
