@@ -336,19 +336,24 @@ def figures_at(name: str, seed: int, step: int, config: Config, judge: Judge) ->
 
 def time_alone(config: Config, results: Results) -> None:
     """Run the README's three commands and minimal.py alone, for their time. Measure the results."""
-    if not results.has(DEFAULT):
-        out, F = folder_of(DEFAULT, 0, config), forward_ms()
-        seconds = {"pairs": run("make_pairs.py", "--out", Path(config.runs) / "pairs")}
-        seconds["train"] = train(DEFAULT, 0, config, jobs=1)
-        seconds["sample"] = run("sample.py", "--checkpoint", out, "--out", out / "digits.png")
-        F = (F + forward_ms()) / 2
-        figures = figures_at(DEFAULT, 0, STEPS, config, results.judge)
-        results.add(DEFAULT, figures, parts(DEFAULT), seconds=seconds, F=F)
-    if not results.has(MINIMAL):
-        F, seconds = forward_ms(), {"together": train_minimal(0, config, jobs=1)}
-        F = (F + forward_ms()) / 2
-        figures = figures_at(MINIMAL, 0, STEPS, config, results.judge)
-        results.add(MINIMAL, figures, parts(MINIMAL), seconds=seconds, F=F)
+    out, pairs = folder_of(DEFAULT, 0, config), Path(config.runs) / "pairs"
+    commands = {
+        DEFAULT: {
+            "pairs": lambda: run("make_pairs.py", "--out", pairs),
+            "train": lambda: train(DEFAULT, 0, config, jobs=1),
+            "sample": lambda: run("sample.py", "--checkpoint", out, "--out", out / "digits.png"),
+        },
+        MINIMAL: {"together": lambda: train_minimal(0, config, jobs=1)},
+    }
+    for name, timed in commands.items():
+        if results.has(name):
+            continue
+        F, seconds = [forward_ms()], {}
+        for command, call in timed.items():
+            seconds[command] = call()
+            F.append(forward_ms())
+        figures = figures_at(name, 0, STEPS, config, results.judge)
+        results.add(name, figures, parts(name), seconds=seconds, F=statistics.mean(F))
 
 
 def train_all(config: Config, results: Results) -> None:

@@ -108,9 +108,14 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def heading(judge: str, figure: str) -> str:
+    """A figure's heading. (2) marks the second judge."""
+    return FIGURES[figure][0] + (" (2)" if judge == JUDGES[1] else "")
+
+
 def figures_table(results: dict, names: list[str], columns: list[tuple[str, str]]) -> str:
-    """A table with a row per run. Columns are (judge, figure); (2) marks the second judge."""
-    heads = [FIGURES[f][0] + (" (2)" if judge == JUDGES[1] else "") for judge, f in columns]
+    """A table with a row per run. Columns are (judge, figure)."""
+    heads = [heading(*column) for column in columns]
     rows = []
     for name in filter(results.__contains__, names):
         found = [entry["judges"] for entry in results[name].values()]
@@ -214,12 +219,7 @@ def draw_steps(path: Path, results: dict) -> None:
     above, below = figure.subplots(2, 5, sharex=True)
     shown = [(judge, "fd") for judge in JUDGES]
     shown += [(JUDGES[0], name) for name in ("accuracy", "diversity", "recall")]
-    panels = {
-        FIGURES[f][0] + (" (2)" if judge == JUDGES[1] else ""): (
-            lambda e, j=judge, f=f: e["judges"][j][f]
-        )
-        for judge, f in shown
-    }
+    panels = {heading(*key): (lambda e, j=key[0], f=key[1]: e["judges"][j][f]) for key in shown}
     panels |= {name: (lambda e, name=name: e["scalars"][name]) for name in SCALARS}
     for axis, (title, value) in zip([*above, *below], panels.items(), strict=True):
         for name in LONGER:

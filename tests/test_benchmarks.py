@@ -299,3 +299,39 @@ def test_tables_show_mean_and_range_and_fill_the_markers():
     assert tables.cell([0.98], "{:.1%}") == "98.0%"
     text = "a\n<!-- table: x -->\n{}\n<!-- end -->\nb\n"
     assert tables.fill(text.format("old"), {"x": "| new |\n"}) == text.format("| new |")
+
+
+def test_the_figure_of_steps_shows_means(monkeypatch, tmp_path):
+    """Every figure and every logged scalar against the step, for the runs that are there."""
+    figures, drawn = [], tables.draw_steps
+    monkeypatch.setattr(tables, "write_figure", lambda path, figure: figures.append(figure))
+    (name, *_), steps = tables.LONGER, tables.POINTS[:2]
+
+    def entry(value: float) -> dict:
+        judged = {judge: dict.fromkeys(tables.FIGURES, value) for judge in tables.JUDGES}
+        return {"judges": judged, "scalars": dict.fromkeys(SCALARS, value)}
+
+    drawn(tmp_path / "steps.png", {
+        tables.label(name, step): {"0": entry(step), "1": entry(3 * step)} for step in steps
+    })  # fmt: skip
+    titles = [axis.get_title() for axis in figures[0].axes]
+    assert titles == ["FD", "FD (2)", "accuracy", "diversity", "recall", *SCALARS]
+    for axis in figures[0].axes:
+        line, *_, default = axis.lines
+        assert list(line.get_xdata()) == list(steps)
+        assert list(line.get_ydata()) == [2 * step for step in steps]
+        assert set(default.get_xdata()) == {tables.STEPS}
+
+
+def test_minimal_py_says_what_was_measured():
+    judged = [{"fd": fd, "accuracy": 0.98 + fd / 500, "diversity": 0.97} for fd in (1.5, 1.0)]
+    results = {
+        tables.MINIMAL: {
+            str(seed): {"judges": {tables.JUDGES[0]: found}, "seconds": {"together": 250.0}}
+            for seed, found in enumerate(judged)
+        }
+    }
+    text = "It takes in 9 minutes on.\nThree seeds give nothing.\n"
+    said = "Three seeds give FD 1.00 to 1.50, accuracy 98.2 to 98.3 %, diversity 0.97."
+    assert tables.about_minimal(text, results) == f"It takes in 4 minutes on.\n{said}\n"
+    assert tables.about_minimal(text, {}) == text
