@@ -348,6 +348,8 @@ def time_alone(config: Config, results: Results) -> None:
     for name, timed in commands.items():
         if results.has(name):
             continue
+        for folder in (pairs, out) if name == DEFAULT else ():
+            shutil.rmtree(folder, ignore_errors=True)  # else a command would only resume
         F, seconds = [forward_ms()], {}
         for command, call in timed.items():
             seconds[command] = call()

@@ -229,9 +229,10 @@ def draw_steps(path: Path, results: dict) -> None:
             low, high = [min(each) for each in found], [max(each) for each in found]
             axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         axis.axvline(STEPS, color="grey", linestyle=":")
-        axis.set(
-            title=title, yscale="log" if title.startswith(("FD", "loss", "grad")) else "linear"
-        )
+        axis.set(title=title, yscale="log" if title.startswith("FD") else "linear")
+        if title.startswith("FD"):
+            axis.minorticks_off()
+            axis.set_yticks([1, 2, 5, 10], ["1", "2", "5", "10"])
         axis.grid(alpha=0.3)
     above[0].legend(fontsize="small")
     for axis in below:
