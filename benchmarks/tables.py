@@ -167,8 +167,6 @@ def time_table(results: dict) -> str:
     rows = []
     timed = {name: results[name]["0"] for name in (DEFAULT, MINIMAL) if name in results}
     for name, entry in timed.items():
-        if "F" not in entry:
-            continue
         seconds = {"pairs": 0, "train": 0, "sample": 0} | entry["seconds"]
         seconds["together"] = together = sum(seconds.values())
         in_seconds = [f"{value:.0f} s" if value else "" for value in seconds.values()]

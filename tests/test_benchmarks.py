@@ -22,15 +22,16 @@ from sd_loader import sd_noise_table
 from workloads import ASSETS, WORKLOADS, get_workload
 
 
-def test_a_step_and_its_floor(tmp_path, capsys):
-    numbers = tmp_path / "numbers.json"
+def test_a_step_and_its_floor(tmp_path, capsys, monkeypatch):
+    """Timed in turn: a forward of B images, one of B + R, a step."""
+    numbers, times = tmp_path / "numbers.json", iter([2.0, 3.0, 38.0])
+    monkeypatch.setattr(step, "milliseconds", lambda function, device: function() or next(times))
     step.main(step.Config(batch_size=8, repeats=1, resolution=32, device="cpu", json=str(numbers)))
     printed, found = capsys.readouterr().out, json.loads(numbers.read_text())
     assert "mnist, 32x32, batch 8 + 2," in printed
-    B, F, taken, floor, ratio = map(float, re.findall(r"[\d.]+", printed.splitlines()[-1]))
-    assert (B, F, taken) == (8, round(found["forward"], 1), round(found["step"], 1))
-    assert floor == round(found["floor"], 1) > 8 * found["forward"]
-    assert ratio == pytest.approx(found["step"] / found["floor"], abs=0.006)
+    last = printed.splitlines()[-1]
+    assert last == "F(8) 2.0 ms, step 38.0 ms, floor 19.0 ms, ratio 2.00"  # 3 x 3 + 5 x 2
+    assert (found["forward"], found["step"], found["floor"]) == (2, 38, 19)
     assert 0.1 < found["GiB"] < 16
 
 
