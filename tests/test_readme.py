@@ -17,10 +17,7 @@ from benchmarks.tables import about_minimal, fill, page, tables
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "mnist.md"
 MINIMAL = ROOT / "minimal.py"
-TEXTS = [
-    ROOT / name
-    for name in ("README.md", "docs/questions.md", "docs/details.md", "docs/large-runs.md")
-]
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<up>(\.\./)?)(?P<file>[\w/]+\.py)#L\d+\)")
 COUNT = re.compile(r"(?m)^\| \[(?P<file>[\w/]+\.py)\]\((?P<up>(\.\./)?)(?P=file)\) \| \d+ \|")
 

@@ -13,6 +13,7 @@ from assets.mnist import load_mnist
 from edm_unet import EDMPrecond, heun_sample
 from plumbing import digits
 from plumbing.options import UserError
+from plumbing.pairs import generator
 from teachers import load_teacher
 from workloads import WORKLOADS, get_workload
 
@@ -54,6 +55,25 @@ def straight(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher") / "run"
     train_teacher.main(config(data, out))
     return out
+
+
+def test_the_loss_is_edms():
+    """Being off by 0.1 costs 0.01 lambda(sigma); ln sigma and the noise are normal."""
+    images, labels = torch.randn(4000, 1, 1, 2), torch.arange(4000) % 10
+
+    def net(x, sigma, class_labels):
+        net.given = x, sigma, class_labels
+        return images + 0.1
+
+    net.sigma_data = 0.7
+    loss = train_teacher.edm_loss(net, images, labels, -1.0, 0.6, generator("assets", 0, 0))
+    x, sigma, given = net.given
+    assert given is labels
+    torch.testing.assert_close(loss, 0.01 * (sigma**-2 + 0.7**-2).mean(), rtol=1e-4, atol=0)
+    # All independent, between images as well as between the pixels of one.
+    drawn = torch.cat([(sigma.log() + 1) / 0.6, (x - images) / sigma, images], dim=3).flatten(1)
+    torch.testing.assert_close(drawn.mean(0), torch.zeros(5), rtol=0, atol=0.08)  # 5 errors
+    torch.testing.assert_close(drawn.T.cov(), torch.eye(5), rtol=0, atol=0.12)
 
 
 def test_it_writes_a_teacher(straight):
