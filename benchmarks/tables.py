@@ -140,7 +140,8 @@ def tables(results: dict) -> dict[str, str]:
         "departures": ["full", *DEPARTURES],
         "batch and lambda_reg": [DEFAULT, *LONG],
     } | {f"steps, {name}": [label(name, step) for step in POINTS] for name in LONGER}
-    made = {group: figures_table(results, names, short) for group, names in groups.items()}
+    made = {"in short": in_short(results)}
+    made |= {group: figures_table(results, names, short) for group, names in groups.items()}
     in_between = {label(name, step) for name in LONGER for step in POINTS}
     everything = [name for name in results if name not in in_between]
     for number, judge in enumerate(JUDGES, start=1):
@@ -174,6 +175,29 @@ def time_table(results: dict) -> str:
         rows.append([name.split(", ")[1], *in_seconds, F, in_F, entry["machine"]])
     heads = ["", "pairs", "train", "sample", "together", "F", "together, in F", "machine"]
     return table(heads, rows)
+
+
+def in_short(results: dict) -> str:
+    """The figures of minimal.py and of its teacher, as a sentence."""
+
+    def said(name: str) -> str:
+        found = [entry["judges"][JUDGES[0]] for entry in results[name].values()]
+        fd, accuracy, diversity = (
+            cell([each[figure] for each in found], form, figure == "fd")
+            for figure, form in (("fd", "{:.2f}"), ("accuracy", "{:.1%}"), ("diversity", "{:.2f}"))
+        )
+        return f"FD {fd}, accuracy {accuracy}, diversity {diversity}"
+
+    if MINIMAL not in results:
+        return ""
+    entry, teacher = results[MINIMAL]["0"], list(SOLVERS)[-1]
+    cores = " ".join(entry["machine"].split()[:2])
+    return (
+        f"`G`, 1 evaluation per digit: {said(MINIMAL)}.\n"
+        f"The teacher, {SOLVERS[teacher][1]} evaluations: {said(teacher)}.\n"
+        f"The run took {entry['seconds']['together']:.0f} s on {cores}, where the teacher's call "
+        f"for 32 digits takes {entry['F']:.0f} ms.\n"
+    )
 
 
 def about_minimal(text: str, results: dict) -> str:

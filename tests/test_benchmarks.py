@@ -121,8 +121,14 @@ def test_the_texts_have_the_numbers_of_cost_py(capsys):
         assert needs in re.search(f"`{dataset}` .*", texts[0])[0]
         shown = re.findall(r"([\d.]+) days", re.search(rf"\| {dataset} \| .*GFLOP.*", texts[1])[0])
         assert [*map(float, shown)] == pytest.approx([pairs, training], rel=0.02)
-        for least in re.findall(rf"`{dataset}` .*at least ([\d.]+) days", texts[2]):
-            assert days / gpus - 0.1 <= float(least) <= days / gpus
+        cards, gigabytes, least, disk = re.search(
+            rf"`{dataset}`.* \| (\d+) of (\d+) GB \| ([\d.]+) \| (\d+) GB \|", texts[2]
+        ).groups()
+        assert int(cards) == gpus and days / gpus - 0.1 <= float(least) <= days / gpus
+        row = re.search(rf"\| {dataset} \| {gpus} \| (.*) \|", texts[0])[1].split(" | ")
+        parts = dict(zip((16, 24, 40, 80), row[:4], strict=True))
+        assert int(gigabytes) == min(size for size, n in parts.items() if n == "1")
+        assert disk == row[4]
 
 
 def test_an_evening_of_cifar10():

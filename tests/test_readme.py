@@ -17,7 +17,7 @@ from benchmarks.tables import about_minimal, fill, page, tables
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "mnist.md"
 MINIMAL = ROOT / "minimal.py"
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<up>(\.\./)?)(?P<file>[\w/]+\.py)#L\d+\)")
 COUNT = re.compile(r"(?m)^\| \[(?P<file>[\w/]+\.py)\]\((?P<up>(\.\./)?)(?P=file)\) \| \d+ \|")
 
@@ -63,7 +63,11 @@ def corrected(path: Path) -> str:
 @pytest.mark.parametrize("path", [*TEXTS, RESULTS, MINIMAL], ids=lambda path: path.name)
 def test_a_text_is_up_to_date(path):
     assert corrected(path) == read(path), "run: python tests/test_readme.py"
-    assert path.name != "README.md" or len(read(path).splitlines()) <= 200
+
+
+def test_the_readme_is_short():
+    text = read(ROOT / "README.md")
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1100
 
 
 def test_every_script_is_in_a_table_of_files():
