@@ -1,13 +1,13 @@
 """Distribution Matching Distillation (Yin et al., CVPR 2024, arXiv 2311.18828): the losses.
 
 This file is the heart of the paper: Eq. 3 to 9, Algorithms 2 and 3, and Section 3.1's generator.
-It knows no network and no dataset. A denoiser `mu` is anything with
+It depends on no network and no dataset. A denoiser `mu` is anything with
 
     mu(x_t, t, cond) -> estimate of the clean x_0       x_t (B, C, H, W), t (B,) long in 0 .. T-1
     mu.alpha, mu.sigma                                  its noise table, (T,) each
     mu.z_scale                                          x_{T-1} is z_scale * z for z ~ N(0, I)
 
-This is mean prediction; Eq. 11 turns a noise prediction into it. There are three denoisers. The
+This is mean prediction; Eq. 11 converts a noise prediction into it. There are three denoisers. The
 score of mu_real, the frozen teacher, points towards real data. The score of mu_fake, trained on the
 generator's samples, points towards these samples. The third is inside G, which calls it at T-1.
 
@@ -159,8 +159,8 @@ def l2_distance(x: Tensor, y: Tensor) -> Tensor:
 def lpips_distance(network: Callable, x: Tensor, y: Tensor, size: int = 224) -> Tensor:
     """LPIPS as in Section 3.3: in float32, on images upsampled bilinearly to VGG's 224x224.
 
-    The paper uses PIQ's LPIPS "following Song et al.", who replace the VGG's max pooling by average
-    pooling. It does not say whether DMD does so. The lpips package has max pooling.
+    The paper uses PIQ's LPIPS "following Song et al.", who replace the VGG's max pooling with
+    average pooling. The paper does not say whether DMD does so. The lpips package has max pooling.
 
     Args:
         network: LPIPS (Zhang et al. 2018, arXiv 1801.03924), frozen, for RGB images in [-1, 1].

@@ -11,8 +11,8 @@ Read it bottom up beside Karras et al. 2022 (arXiv 2206.00364, "EDM"):
     UNetBlock     the residual block of both
 
 Parameter names are EDM's (`model.enc.32x32_block0.conv0.weight`, ...), so its files load strictly.
-Two of their parts are left out: the augmentation embedding, which sampling never uses, and the
-constant 2x2 box filters, which an average pool and a pixel repetition replace.
+Two parts of these files are left out: the augmentation embedding, which sampling never uses, and
+the constant 2x2 box filters, which average pooling and pixel repetition replace.
 """
 
 import math
@@ -36,7 +36,7 @@ SIGMA_MAX = 80.0  # EDM's largest noise level, where sampling starts
 
 def positional_embedding(c_noise: Tensor, width: int, ddpmpp: bool) -> Tensor:
     """Sines and cosines of c_noise (B,) at geometric frequencies from 1 to 1e-4 -> (B, width).
-    DDPM++ puts the sines first and reaches 1e-4. ADM puts the cosines first and stops one short."""
+    DDPM++ puts the sines first and reaches 1e-4. ADM puts the cosines first and ends above it."""
     half = width // 2
     k = torch.arange(half, dtype=torch.float32, device=c_noise.device)
     angles = c_noise.float()[:, None] * 10000 ** (-k / (half - 1 if ddpmpp else half))
@@ -99,7 +99,7 @@ class UNetBlock(nn.Module):
         b, c, h, w = x.shape
         # EDM's qkv has its channels in the order (head, channel, q/k/v).
         qkv = self.qkv(self.norm2(x)).reshape(b, self.num_heads, c // self.num_heads, 3, h * w)
-        # Fused kernels need consecutive channels; without them HW x HW matrices are stored.
+        # Fused kernels need contiguous channels; the others store HW x HW matrices.
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # 3 x (B, heads, HW, C/heads)
         a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C/heads)
         return self.proj(a.transpose(2, 3).reshape(b, c, h, w))

@@ -21,8 +21,8 @@ pictures are kept, so an interrupted command resumes. FID needs a folder of real
 
     student: ... ms per image (batch 1), FID ..., CLIP score ... (30000 images)
 
-MNIST (minutes on 2 CPU cores, less than one for the student alone): the three figures that
-docs/details.md defines. All rows have the same noises and labels. The last line:
+MNIST (minutes on 2 CPU cores, less than one for the student alone): the first three metrics
+of docs/details.md. All rows have the same noises and labels. The last line:
 
     student: FD 0.99, accuracy 98.25%, diversity 0.971
 """

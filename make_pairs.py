@@ -88,7 +88,7 @@ def draw_preview(path: Path, shard: Path, teacher: Teacher, device: torch.device
 
 
 def report_too_long(cut_off: dict[str, str], ranks: Ranks) -> None:
-    """Print how many prompts of all ranks were too long, and what was cut off from one of them."""
+    """Print how many prompts were too long, over all ranks, and what was cut off from one."""
     number = ranks.sum(torch.tensor(len(cut_off))).item()
     if ranks.rank == 0 and number:
         example = f": {next(iter(cut_off.values()))!r}, for example" if cut_off else ""

@@ -22,8 +22,8 @@ from dmd_loss import (
 from edm_unet import EDMDenoiser, heun_sample
 from plumbing.edm_files import load_edm
 
-# Change a constant and see what happens. To distil a class-conditional network of EDM's, download
-# it and set TEACHER = "edm-cifar10-32x32-cond-vp.pkl", LEARNING_RATE = 5e-5, STEPS = 300_000.
+# Change a constant and see what happens. To distil a class-conditional EDM network, download it
+# and set TEACHER = "edm-cifar10-32x32-cond-vp.pkl", LEARNING_RATE = 5e-5, STEPS = 300_000.
 TEACHER = "assets/mnist_teacher.safetensors"
 NUM_PAIRS = 1000
 STEPS = 1000  # training steps

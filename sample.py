@@ -1,13 +1,13 @@
 """Draw pictures with the one-step generator.
 
-    python sample.py                          the newest run's generator, else the shipped one
+    python sample.py                          the newest run's generator, or the shipped one
     python sample.py --teacher                the teacher's many-step result above each image
     python sample.py --labels 3 --seeds 7-46 --out threes.png
     python sample.py --checkpoint runs/sd15 --prompt "a red bicycle" "a lighthouse" --seeds 0-3
 
-An image depends only on the generator, its seed and its label or prompt. Training never uses these
-noises. A CPU is enough for MNIST. --teacher also prints the time per image of both models; for
-Stable Diffusion, it includes the text encoder and the decoder. The last line for MNIST:
+An image depends only on the generator, its seed and its label or prompt. Training never uses this
+noise. A CPU is enough for MNIST. --teacher also prints the time per image of both models; for
+Stable Diffusion, this time includes the text encoder and the decoder. The last line for MNIST:
 
     wrote samples.png: 100 images of mnist from runs/mnist/generator.safetensors (step 1000)
 """

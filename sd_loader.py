@@ -1,7 +1,7 @@
 """Stable Diffusion v1.5 by hand: its four networks, tokenizer, guidance, sampler and weights.
 
 Read it beside Rombach et al. 2022 (arXiv 2112.10752, latent diffusion). A picture is made in three
-steps. DMD replaces the many UNet calls of the second step by one:
+steps. DMD replaces the many UNet calls of the second step with one:
 
     prompts -> CLIPTokenizer -> ids (B, 77) -> TextEncoder -> text states (B, 77, 768)
     z ~ N(0, I) (B, 4, 64, 64), text states -> UNet, many times -> latents (B, 4, 64, 64)
@@ -218,7 +218,7 @@ def in_float32(layers: nn.Module, x: Tensor) -> Tensor:
 
 @torch.compiler.disable  # or the flag would be set when a network is compiled, not when it runs
 def without_tf32(layer: nn.Module, x: Tensor) -> Tensor:
-    """in_float32, without TF32, which its backward pass may use: TF32 rounds as float16 does."""
+    """in_float32 with TF32 off, because it rounds as float16 does. The backward pass may use it."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return in_float32(layer, x)
 
@@ -316,7 +316,7 @@ class UNet(nn.Module):
 
 
 class CLIPTokenizer:
-    """CLIP's byte-pair encoding. A prompt becomes 77 ids: a start, up to 75 tokens, and ends.
+    """CLIP's byte-pair encoding. A prompt becomes 77 ids: a start, up to 75 tokens, then ends.
 
     The text is normalised (NFC) and lower-cased. It is split into runs of letters, single digits,
     runs of other characters and a few English endings. In each piece, UTF-8 bytes are merged by a
@@ -543,7 +543,7 @@ def pndm_sample(eps: Callable, z: Tensor, text: Tensor | None, steps: int) -> Te
     (B, C, H, W), 2 .. 999 steps -> the ODE's solution y (B, C, H, W) in float32.
 
     Each step is a deterministic DDIM step with a combination of up to four noise predictions. The
-    times are ..., 1 + 2r, 1 + r, 1 with r = 1000 // steps, and 0, whose slight noise remains. The
+    times are ..., 1 + 2r, 1 + r, 1 with r = 1000 // steps, and 0, where slight noise remains. The
     first step is redone with the mean prediction of both ends, so eps is called steps + 1 times.
     """
     alpha, sigma = (table.tolist() for table in sd_noise_table())
@@ -695,7 +695,8 @@ def read_weights(part: str, path: Path) -> dict[str, Tensor]:
             for older, newer in OLDER.items():
                 name = name.replace(f".{older}.", f".{newer}.")
             if not name.startswith(NOT_NEEDED):
-                tensor = torch.as_tensor(tensor)  # an error if it is none; other VAEs: 1x1 conv.
+                tensor = torch.as_tensor(tensor)  # an error if it is not a tensor
+                # The attention of some VAEs is stored as 1x1 convolutions.
                 tensors[name] = tensor.flatten(1) if ".to_" in name and tensor.ndim > 2 else tensor
     return {name: tensor.float() for name, tensor in tensors.items()}
 
@@ -748,8 +749,8 @@ class SDTeacher:
 
 
 def load_sd_teacher(source: str, guidance: float, decoders: Sequence, with_unet=True) -> SDTeacher:
-    """Load the teacher from a source as for load_sd. `decoders` ("tiny", "full" or None) are the
-    default of `decode` and the others that will be used. Sampling from G needs no UNet."""
+    """Load the teacher from a source as for load_sd. `decoders` are "tiny", "full" or None: first
+    the default of `decode`, then any others to be used. Sampling from G needs no UNet."""
     parts = ["text_encoder", *{"tiny_vae" if d == "tiny" else "vae" for d in decoders if d}]
     sd = load_sd(source, ["unet", *parts] if with_unet else parts)
     record = {"name": source}

@@ -102,7 +102,7 @@ def load_lpips(device: torch.device) -> Callable:
     """The frozen network for dmd_loss.lpips_distance."""
     import lpips  # here: slow to import, and L2 needs none of it
 
-    # The package has eps outside the root, whose gradient is infinite where features are 0.
+    # The package adds eps outside the square root, whose gradient is infinite where features are 0.
     lpips.normalize_tensor = lambda x: x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt()
     path = in_home(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
     url = f"https://download.pytorch.org/models/{path.name}"
@@ -129,9 +129,9 @@ def generator_file(
 
 
 def load_generator(path: Path) -> tuple[OneStepGenerator, dict]:
-    """Load G_theta and its metadata (dataset, step, ...) from a run's generator.safetensors, other
-    people's EDM checkpoints (the shape of the images tells the dataset), or UNets of Stable
-    Diffusion v1.x under diffusers' names."""
+    """Load G_theta and its metadata (dataset, step, ...) from a run's generator.safetensors, from
+    another EDM checkpoint (the shape of the images tells the dataset), or from a Stable Diffusion
+    v1.x UNet under diffusers' names."""
     if latent := is_sd_unet(path):
         from sd_loader import SDDenoiser, load_network
 
@@ -170,8 +170,8 @@ def is_sd_unet(path: Path) -> bool:
 
 
 def workload_of(metadata: dict, with_teacher: bool, **given) -> Workload:
-    """A generator's workload with the given values that are not None. If a teacher will be loaded,
-    as always for sd15, the teacher and the guidance in the metadata are defaults."""
+    """A generator's workload with the given values that are not None. If a teacher will be loaded
+    (for sd15, always), its file and guidance default to those in the metadata."""
     if with_teacher or WORKLOADS[metadata["dataset"]].latent:
         for name in ("teacher", "guidance"):
             given[name] = given[name] or metadata.get(name)
@@ -181,8 +181,9 @@ def workload_of(metadata: dict, with_teacher: bool, **given) -> Workload:
 
 
 def origin(path: Path, metadata: dict, workload: Workload, record: dict, chosen: bool) -> str:
-    """A generator's file and step, as printed. The teacher of `record` ({}: none is loaded) must be
-    the generator's, by its network's hash or else its name. If the user chose it, it is named."""
+    """A generator's file and step, as printed. The teacher in `record` ({}: none is loaded) must be
+    the one that the generator was distilled from, by the hash of its network or else by its name.
+    If it is another one that the user chose, the printed text says so."""
     name, used = record.get("name"), record.get("sha256")
     taught = metadata.get("teacher_sha256" if used else "teacher")
     text = f"{path} (step {metadata.get('step', '?')})"

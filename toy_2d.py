@@ -12,7 +12,7 @@ three times, by Algorithm 1 and the losses of dmd_loss.py:
     (c) scores and regression    both modes, half of the samples each
 
 Eq. 7's noise is kept small: t is at most 260 of 1000, where sigma is a fifth of the distance
-between the modes. With more noise, the teacher's score at the near mode feels the far one. With
+between the modes. With more noise, the far mode changes the teacher's score at the near one. With
 --max-step 400, where sigma reaches that distance, (b) finds both modes without any pairs. The last
 line it prints: wrote figure3.png
 """
@@ -125,7 +125,7 @@ def one_spot() -> nn.Sequential:
 
 
 def no_score(x_t: Tensor, t: Tensor, cond: None = None) -> Tensor:
-    """In place of mu_fake, it removes s_fake from Eq. 7: mu = x_t / alpha_t has the score 0."""
+    """Used in place of mu_fake to remove s_fake from Eq. 7: mu = x_t / alpha_t has the score 0."""
     return x_t
 
 
@@ -196,8 +196,8 @@ def generate(G: nn.Module, seed: int, n: int = 5000) -> Tensor:
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Samples x (B, 2, 1, 1) -> the share nearest to each mode (2 modes,), and the spread of these
-    (2 modes, 2 axes), NaN for shares under 1 %. Spread is 1.4826 times the median absolute
-    deviation, which a few stray samples do not change, divided by STD."""
+    (2 modes, 2 axes), NaN for shares under 1 %. Spread is a standard deviation divided by STD,
+    estimated as 1.4826 times the median absolute deviation, which stray samples hardly change."""
     x = x.flatten(1)
     nearest = torch.cdist(x, MODES).argmin(dim=1)
     share = torch.bincount(nearest, minlength=2) / len(x)
@@ -232,7 +232,7 @@ def main(config: Config) -> None:
     torch.set_num_threads(1)  # several would wait for each other, because the tensors are tiny
     mu_real = EDMDenoiser(MixtureDenoiser())
     pairs = make_pairs(mu_real, config.seed)
-    # Sixty moments, most of them early, when most happens.
+    # Sixty moments, most of them early, when the samples move most.
     moments = sorted({round(config.steps * (k / 59) ** 2) for k in range(60)})
     samples, films = {}, {panel: [] for panel in PANELS}
     for panel, film in films.items():

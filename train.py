@@ -9,8 +9,8 @@ noise. Ctrl-C saves and stops, and the same command resumes. The last line it pr
 
     wrote runs/mnist/generator.safetensors; look at it with: python sample.py
 
-What row i of step k draws depends on (seed, k, i) alone. Therefore resuming, the number of ranks
-and --accumulate change only the rounding. In one process on a CPU, resuming changes no bit.
+The random numbers of row i in step k depend on (seed, k, i) alone. Therefore resuming, the number
+of ranks and --accumulate change only the rounding. In one process on a CPU, resuming is exact.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ FLAGS = """
 
 
 class Batch(NamedTuple):
-    """B unpaired and R paired samples. The losses of x use K = B of them, or B + R with line 4."""
+    """B unpaired and R paired samples; the losses of x use K = B, or B + R with kl_on_pairs."""
 
     z: Tensor  # (B, C, H, W)
     z_ref: Tensor  # (R, C, H, W)
@@ -121,7 +121,7 @@ class Run:
     mu_fake: Learner
 
     def autocast(self) -> torch.autocast:
-        """The context in which the networks are called. The losses are float32 all the same."""
+        """The context in which the networks are called. The losses stay float32."""
         return autocast(self.ranks.device, self.config.amp)
 
     def stateful(self) -> dict:
@@ -131,7 +131,7 @@ class Run:
 
 
 def training_step(run: Run, step: int) -> list[Tensor]:
-    """Do step k -> its SCALARS. A batch may come in parts: G learns from all, then mu_fake does."""
+    """Step k -> its SCALARS. A batch may come in parts: G learns from all, then mu_fake does."""
     config, teacher, G, mu_fake = run.config.at(step), run.teacher, run.G, run.mu_fake
     losses, losses_fake, generated = [], [], []
     for rows, rows_ref in G.parts(split_batch(config, run.ranks), leave=run.signals.stop):
@@ -271,7 +271,7 @@ def begin_phase(run: Run, step: int) -> int:
 
 @torch.no_grad()
 def pictures(run: Run) -> list[Tensor]:
-    """Three bands of images: y_ref, G(z_ref) and G of fresh noise. Noises never change."""
+    """Three bands of images: y_ref, G(z_ref) and G of fresh noise. The noise never changes."""
     shape, G = run.teacher.image_shape, run.G.average
     n = min(len(run.pairs), 10 if shape[1] <= 32 else 5)
     z_ref, y_ref, cond = run.pairs.batch(range(n))
@@ -308,7 +308,7 @@ def main(config: Workload) -> None:
     if start == 0 and ranks.rank == 0:
         save_pictures(out, 0, partial(pictures, run))
     if start == config.steps and rows:
-        save(run, start, log)  # in case that the last save was killed after its checkpoint
+        save(run, start, log)  # in case the last save was killed after its checkpoint
     begins = {start, *(end for end, _ in config.phases)}
     for step in range(start, config.steps):
         if step in begins:
