@@ -122,7 +122,7 @@ def test_the_texts_have_the_numbers_of_cost_py(capsys):
         shown = re.findall(r"([\d.]+) days", re.search(rf"\| {dataset} \| .*GFLOP.*", texts[1])[0])
         assert [*map(float, shown)] == pytest.approx([pairs, training], rel=0.02)
         cards, gigabytes, least, disk = re.search(
-            rf"`{dataset}`.* \| (\d+) of (\d+) GB \| ([\d.]+) \| (\d+) GB \|", texts[2]
+            rf"`{dataset}`.* \| (\d+) x (\d+) GB \| ([\d.]+) \| (\d+) GB \|", texts[2]
         ).groups()
         assert int(cards) == gpus and days / gpus - 0.1 <= float(least) <= days / gpus
         row = re.search(rf"\| {dataset} \| {gpus} \| (.*) \|", texts[0])[1].split(" | ")
