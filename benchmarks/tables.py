@@ -195,8 +195,8 @@ def in_short(results: dict) -> str:
     return (
         f"`G`, 1 evaluation per digit: {said(MINIMAL)}.\n"
         f"The teacher, {SOLVERS[teacher][1]} evaluations: {said(teacher)}.\n"
-        f"The run took {entry['seconds']['together']:.0f} s on {cores}, where the teacher's call "
-        f"for 32 digits takes {entry['F']:.0f} ms.\n"
+        f"The run took {entry['seconds']['together']:.0f} s on {cores}. One call of the teacher on "
+        f"32 digits takes {entry['F']:.0f} ms there.\n"
     )
 
 
