@@ -4,24 +4,29 @@
 
 docs/page.html holds the text. It is a Jinja template with equations in LaTeX, between dollar signs.
 It calls functions of this file: code(file, name) cuts a function, a class or a constant out of a
-file, without docstrings, because the text beside it says the same; see(file, name) links to one;
-line(file, text) links to the line that contains the text. A name or text that is missing, or occurs
-more than once, is an error. The page needs no network, and no file but the pictures. It prints:
+file, without docstrings, because the text beside it says the same; excerpt(file, title, first,
+last) cuts out the lines from the one that contains `first` to the one that contains `last`;
+see(file, name) links to a definition; line(file, text) links to the line that contains the text;
+table(name) is a table of docs/questions.md. A name or text that is missing, or occurs more than
+once, is an error. The page needs no network, and no file but the pictures. It prints:
 
     wrote docs/index.html
 """
 
 import ast
+import html
 import json
 import re
 import sys
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import latex2mathml
 import pygments
 from jinja2 import Environment, StrictUndefined
 from latex2mathml.converter import convert
+from PIL import Image
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
@@ -176,6 +181,25 @@ def code_block(file: str, name: str, but: list[str]) -> str:
             left_out |= set(range(part.body[0].lineno, part.body[0].end_lineno + 1))
             if not source(file)[0][part.body[0].end_lineno]:
                 left_out.add(part.body[0].end_lineno + 1)  # the empty line after it
+    numbers = [n for n in range(start, node.end_lineno + 1) if n not in left_out]
+    return figure(file, name, numbers, but)
+
+
+def excerpt(file: str, title: str, first: str, last: str, leads: dict[str, str]) -> str:
+    """The lines from the only one that contains `first` to the only one that contains `last`.
+    `leads`: the comment with this text is a link to this id."""
+    numbers = range(line_number(file, first), line_number(file, last) + 1)
+    text = figure(file, title, list(numbers), [])
+    for comment, target in leads.items():
+        pattern = f'(<span class="c1">)([^<]*{re.escape(comment)}[^<]*)'
+        text, found = re.subn(pattern, rf'\1<a href="#{target}">\2</a>', text)
+        if found != 1:
+            raise LookupError(f"{file} has {found} comments with {comment!r}")
+    return text
+
+
+def figure(file: str, name: str, numbers: list[int], but: list[str]) -> str:
+    """These lines, which the page must not show anywhere else."""
 
     def symbol(match: re.Match) -> str:
         if match[1] not in SYMBOL_OF or match[1] in but:
@@ -183,15 +207,13 @@ def code_block(file: str, name: str, but: list[str]) -> str:
         return f'<span class="n" data-s="{SYMBOL_OF[match[1]]}">{match[1]}</span>'
 
     lines = ""
-    for number in range(start, node.end_lineno + 1):
-        if number in left_out:
-            continue
+    for number in numbers:
         if number in shown.setdefault(file, set()):
             raise LookupError(f"{file}: line {number} is on the page twice")
         shown[file].add(number)
         line = re.sub(r'<span class="n">(\w+)</span>', symbol, source(file)[1][number - 1])
         lines += f'<span class="l" id="{file}-{number}" data-n="{number}">{line}\n</span>'
-    link = f'<a href="../{file}#L{start}">{file}</a>, line {start}: {name}'
+    link = f'<a href="../{file}#L{numbers[0]}">{file}</a>, line {numbers[0]}: {name}'
     pre = f'<pre tabindex="0" role="region" aria-label="{name}, {file}">{lines}</pre>'
     return f'<figure class="code"><figcaption>{link}</figcaption>{pre}</figure>'
 
@@ -203,10 +225,16 @@ def see(file: str, name: str) -> str:
 
 def line(file: str, text: str) -> str:
     """A link to the only line that contains this text."""
+    number = line_number(file, text)
+    return f'<a class="line" href="\1{file}:{number}\1">{file}:{number}</a>'
+
+
+def line_number(file: str, text: str) -> int:
+    """The number of the only line that contains this text."""
     found = [n for n, each in enumerate(source(file)[0], start=1) if text in each]
     if len(found) != 1:
         raise LookupError(f"{file} has {len(found)} lines with {text!r}")
-    return f'<a class="line" href="\1{file}:{found[0]}\1">{file}:{found[0]}</a>'
+    return found[0]
 
 
 def with_targets(text: str) -> str:
@@ -228,15 +256,61 @@ def with_targets(text: str) -> str:
 def measured(name: str) -> str:
     """A table of results/mnist.json."""
     results = json.loads((ROOT / "results" / "mnist.json").read_text(encoding="utf-8"))
-    heads, _, *rows = (row[2:-2].split(" | ") for row in tables(results)[name].splitlines())
+    return as_html(
+        tables(results)[name].replace("|  |", "| 10,000 digits |", 1), f"Measured: {name}"
+    )
+
+
+def table(name: str) -> str:
+    """The table between <!-- name --> and <!-- end --> in docs/questions.md."""
+    text = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
+    found = re.findall(f"<!-- {name} -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    if len(found) != 1:
+        raise LookupError(f"docs/questions.md has {len(found)} tables {name!r}")
+    return as_html(found[0], f"Table: {name}", "scroll prose")
+
+
+def as_html(markdown: str, label: str, style: str = "scroll") -> str:
+    """A table in Markdown -> HTML. `label`: its name for screen readers."""
+    rows = [re.split(r"\s*\|\s*", inline(row.strip()))[1:-1] for row in markdown.splitlines()]
 
     def cells(row: list[str]) -> str:
         return f'<th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:])
 
-    head = "".join(f'<th scope="col">{cell or "10,000 digits"}</th>' for cell in heads)
-    body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
-    region = f'<div class="scroll" tabindex="0" role="region" aria-label="Measured: {name}">'
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in rows[0])
+    body = "".join(f"<tr>{cells(row)}</tr>" for row in rows[2:])
+    region = f'<div class="{style}" tabindex="0" role="region" aria-label="{label}">'
     return f"{region}<table><tr>{head}</tr>{body}</table></div>"
+
+
+def inline(markdown: str) -> str:
+    """`code`, **bold** and [links](to) -> HTML."""
+    text = html.escape(markdown, quote=False)
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
+    return re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r'<a href="\2">\1</a>', text)
+
+
+def about(file: str) -> str:
+    """The second paragraph of a file's docstring."""
+    return inline(ast.get_docstring(source(file)[2]).split("\n\n")[1])
+
+
+def figure_3() -> dict:
+    """What docs/figure3.py computed. `rows`: whether the fake score is used, lambda_reg, and for
+    every T_max the share of the far mode, and all four numbers in words."""
+    with Image.open(ROOT / "docs" / "figure3.png") as picture:
+        grid = json.loads(picture.text["runs"])
+
+    def told(numbers: list[float | None]) -> tuple[str, str]:
+        near, far = (f"{share:.0%}" for share in numbers[:2])
+        spreads = ["" if n is None else f" (spread {n:.2f})" for n in numbers[2:]]
+        return far, f"near mode {near}{spreads[0]}, far mode {far}{spreads[1]}"
+
+    runs = iter(grid["runs"])
+    settings = product(grid["use_fake_score"], grid["lambda_reg"])
+    rows = [(fake, weight, [told(next(runs)) for _ in grid["t_max"]]) for fake, weight in settings]
+    return {**grid, "rows": rows}
 
 
 def symbols() -> str:
@@ -263,8 +337,9 @@ def build() -> str:
     )
     template = environment.from_string((ROOT / "docs/page.html").read_text(encoding="utf-8"))
     versions = f"latex2mathml {latex2mathml.__version__}, Pygments {pygments.__version__}"
-    helpers = {each.__name__: each for each in (code, see, line, measured, symbols, colours)}
-    text = template.render(versions=versions, steps=SHORT, **helpers)
+    helpers = (code, excerpt, see, line, about, measured, table, symbols, colours, figure_3)
+    functions = {each.__name__: each for each in helpers}
+    text = template.render(versions=versions, steps=SHORT, **functions)
     return with_targets(with_equations(text)) + "\n"
 
 
