@@ -10,7 +10,6 @@ runs/figure3 until the picture is written. The last line it prints: wrote docs/f
 """
 
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -28,19 +27,19 @@ from edm_unet import EDMDenoiser
 from plumbing.files import atomic_path
 from plumbing.options import Options, option, run_script
 
-ROOT = Path(__file__).parent.parent
 T_MAX = (100, 180, 260, 330, 400, 600, 980)
+FAKE_SCORE = (True, False)
 LAMBDA_REG = (0.0, 0.1, 0.3, 0.5, 1.0)
 TILE, SMOOTH = (450, 200), 4  # pixels of a tile; it is drawn this many times larger, then reduced
-SAMPLES, COLOURS = 1000, 16
+SAMPLES, COLOURS = 1000, 16  # of a tile
 
 
 @dataclass
 class Config(Options):
     """The options of the command."""
 
-    out: str = option(str(ROOT / "docs/figure3.png"), "file of the picture")
-    runs: str = option(str(ROOT / "runs/figure3"), "folder of finished runs")
+    out: str = option("docs/figure3.png", "file of the picture")
+    runs: str = option("runs/figure3", "folder of finished runs")
     steps: int = option(3000, "training steps per run", least=1)
     seed: int = option(0, "seed of everything random", least=0, below=2**63)
 
@@ -57,14 +56,35 @@ def tile(samples: Tensor) -> Image.Image:
     width, height = (SMOOTH * side for side in TILE)
     picture = Image.new("RGB", (width, height), "white")
     draw, unit = ImageDraw.Draw(picture), width / 1.8  # the plane from -0.9 to 0.9, as in toy_2d.py
-    origin = torch.tensor([width, height]) / 2
-    for mode, sigmas in product(toy_2d.MODES, (1, 2, 3)):
-        centre, radius = (origin + unit * mode).tolist(), unit * sigmas * toy_2d.STD
-        draw.circle(centre, radius, outline="#3182bd", width=SMOOTH)
+
+    def circle(x: float, y: float, radius: float, **style) -> None:
+        x, y = width / 2 + unit * x, height / 2 - unit * y
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), **style)
+
+    for (x, y), sigmas in product(toy_2d.MODES.tolist(), (1, 2, 3)):
+        circle(x, y, sigmas * toy_2d.STD * unit, outline="#3182bd", width=SMOOTH)
     for x, y in samples[:SAMPLES].flatten(1).tolist():
-        centre = (width / 2 + unit * x, height / 2 - unit * y)
-        draw.circle(centre, 1.5 * SMOOTH, fill="#d94801")
+        circle(x, y, 1.5 * SMOOTH, fill="#d94801")
     return picture.resize(TILE, Image.Resampling.BOX)
+
+
+def write(path: Path, runs: list[Tensor], config: Config) -> None:
+    """Write the tiles of all runs as one PNG, with their shares and spreads as text."""
+    width, height = TILE
+    sprite = Image.new("RGB", (width * len(T_MAX), height * len(runs) // len(T_MAX)))
+    numbers = []
+    for k, samples in enumerate(runs):
+        row, column = divmod(k, len(T_MAX))
+        sprite.paste(tile(samples), (column * width, row * height))
+        share, spread = toy_2d.statistics(samples)
+        numbers.append([round(n, 3) for n in (*share.tolist(), *spread.mean(dim=1).tolist())])
+    about = {"steps": config.steps, "seed": config.seed, "tile": TILE, "t_max": T_MAX,
+             "lambda_reg": LAMBDA_REG, "use_fake_score": FAKE_SCORE, "runs": numbers}  # fmt: skip
+    text = PngInfo()
+    text.add_text("runs", json.dumps(about).replace("NaN", "null"))
+    few = sprite.quantize(COLOURS, dither=Image.Dither.NONE)
+    with atomic_path(path) as temporary:
+        few.save(temporary, format="PNG", optimize=True, pnginfo=text)
 
 
 def main(config: Config) -> None:
@@ -72,34 +92,20 @@ def main(config: Config) -> None:
     torch.set_num_threads(1)  # several would wait for each other, because the tensors are tiny
     mu_real = EDMDenoiser(toy_2d.MixtureDenoiser())
     pairs = toy_2d.make_pairs(mu_real, config.seed)
-    folder = Path(config.runs)
-    folder.mkdir(parents=True, exist_ok=True)
-    width, height = TILE
-    sprite = Image.new("RGB", (width * len(T_MAX), height * 2 * len(LAMBDA_REG)))
-    numbers = []
-    settings = list(product((True, False), LAMBDA_REG, T_MAX))
-    for k, (use_fake_score, lambda_reg, max_step) in enumerate(settings):
+    settings, finished = list(product(FAKE_SCORE, LAMBDA_REG, T_MAX)), []
+    for k, (use_fake_score, lambda_reg, max_step) in enumerate(settings, start=1):
         scores = "both scores" if use_fake_score else "real score"
-        name = f"{k + 1} of {len(settings)}: {scores}, lambda_reg {lambda_reg}, T_max {max_step}"
-        saved = folder / f"{scores} {lambda_reg} {max_step} {config.steps} {config.seed}.pt"
-        if not saved.exists():
+        name = f"{k} of {len(settings)}: {scores}, lambda_reg {lambda_reg}, T_max {max_step}"
+        file = f"{scores} {lambda_reg} {max_step} {config.steps} {config.seed}.pt"
+        finished.append(Path(config.runs) / file)
+        if not finished[-1].exists():
             toy_2d.PANELS[name] = (use_fake_score, lambda_reg)
-            with atomic_path(saved) as temporary:
-                torch.save(train(name, config, max_step, mu_real, pairs), temporary)
-        samples = torch.load(saved, weights_only=True)
-        row, column = divmod(k, len(T_MAX))
-        sprite.paste(tile(samples), (column * width, row * height))
-        share, spread = toy_2d.statistics(samples)
-        numbers.append([round(n, 3) for n in (*share.tolist(), *spread.mean(dim=1).tolist())])
-
-    about = PngInfo()
-    settings = {"use_fake_score": [True, False], "lambda_reg": LAMBDA_REG, "t_max": T_MAX}
-    runs = {"steps": config.steps, "seed": config.seed, "tile": TILE, **settings, "runs": numbers}
-    about.add_text("runs", json.dumps(runs).replace("NaN", "null"))
-    with atomic_path(Path(config.out)) as temporary:
-        few = sprite.quantize(COLOURS, dither=Image.Dither.NONE)
-        few.save(temporary, format="PNG", optimize=True, pnginfo=about)
-    shutil.rmtree(folder)
+            samples = train(name, config, max_step, mu_real, pairs)
+            with atomic_path(finished[-1]) as temporary:
+                torch.save(samples, temporary)
+    write(Path(config.out), [torch.load(path, weights_only=True) for path in finished], config)
+    for path in finished:
+        path.unlink()
     print(f"wrote {config.out}")
 
 
