@@ -303,9 +303,10 @@ def figure_3() -> dict:
         grid = json.loads(picture.text["runs"])
 
     def told(numbers: list[float | None]) -> tuple[str, str]:
-        near, far = (f"{share:.0%}" for share in numbers[:2])
+        near, far = numbers[:2]
         spreads = ["" if n is None else f" (spread {n:.2f})" for n in numbers[2:]]
-        return far, f"near mode {near}{spreads[0]}, far mode {far}{spreads[1]}"
+        both = f"near mode {near:.0%}{spreads[0]}, far mode {far:.0%}{spreads[1]}"
+        return f"{far:.0%}", f"{both}, elsewhere {max(0, 1 - near - far):.0%}"
 
     runs = iter(grid["runs"])
     settings = product(grid["use_fake_score"], grid["lambda_reg"])
