@@ -4,7 +4,7 @@
     python benchmarks/reproduce.py --jobs 2       two runs at a time, of one core each
 
 It measures the real digits, the teacher with several numbers of steps, minimal.py and the default
-recipe. Then it measures variants of the recipe: Table 2 in small, the recipe with one departure
+recipe. Then it measures variants of the recipe: Table 2 on MNIST, the recipe with one departure
 from the paper undone at a time, other batches, and up to three times as many steps. It writes to
 results/
 
