@@ -186,6 +186,7 @@ def in_short(results: dict) -> str:
             cell([each[figure] for each in found], form, figure == "fd")
             for figure, form in (("fd", "{:.2f}"), ("accuracy", "{:.1%}"), ("diversity", "{:.2f}"))
         )
+        fd = fd.replace(")", f" over {len(found)} seeds)")
         return f"FD {fd}, accuracy {accuracy}, diversity {diversity}"
 
     if MINIMAL not in results:

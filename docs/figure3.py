@@ -10,6 +10,7 @@ runs/figure3 until the picture is written. The last line it prints: wrote docs/f
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -85,11 +86,12 @@ def write(path: Path, runs: list[Tensor], config: Config) -> None:
         row, column = divmod(k, len(T_MAX))
         sprite.paste(tile(samples), (column * width, row * height))
         share, spread = statistics(samples)
-        numbers.append([round(n, 3) for n in (*share.tolist(), *spread.tolist())])
+        found = (*share.tolist(), *spread.tolist())
+        numbers.append([None if math.isnan(n) else round(n, 3) for n in found])
     about = {"steps": config.steps, "seed": config.seed, "tile": TILE, "t_max": T_MAX,
              "lambda_reg": LAMBDA_REG, "use_fake_score": FAKE_SCORE, "runs": numbers}  # fmt: skip
     text = PngInfo()
-    text.add_text("runs", json.dumps(about).replace("NaN", "null"))
+    text.add_text("runs", json.dumps(about))
     few = sprite.quantize(COLOURS, dither=Image.Dither.NONE)
     with atomic_path(path) as temporary:
         few.save(temporary, format="PNG", optimize=True, pnginfo=text)

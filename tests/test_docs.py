@@ -24,6 +24,7 @@ from conftest import ROOT, run
 from PIL import Image
 
 import toy_2d
+from edm_unet import EDMDenoiser
 
 PAGE = ROOT / "docs" / "index.html"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -182,6 +183,16 @@ def test_the_file_of_figure_3(figure_3):
             inside = np.hypot(x - mode, y) < 3 * toy_2d.STD
             dots = (inside & (red > 180) & (blue < 90)).sum()
             assert (dots > 4) == (share > 0.01), (setting, share, dots)
+
+
+@pytest.mark.slow
+def test_figure_3_is_of_todays_toy(figure_3):
+    """One of its runs, trained again."""
+    script, mu_real = load("figure3"), EDMDenoiser(toy_2d.MixtureDenoiser())
+    pairs = toy_2d.make_pairs(mu_real, 0)
+    samples = script.train("(c) scores and regression", script.Config(), 260, mu_real, pairs)
+    (near, far, *_), _ = figure_3[2][True, 1.0, 260]
+    assert script.statistics(samples)[0].tolist() == pytest.approx([near, far], abs=0.05)
 
 
 @pytest.mark.slow
